@@ -1,0 +1,290 @@
+"""The command line: ``dsv2 VERB ...``. It parses first and imports the stage, and with it torch, afterwards.
+
+``VERBS`` says where each verb goes, in river order. Below it every verb declares its options in a function that only collects them into
+a ``Call``; ``main`` then runs the stage. What a user can cause ends in ``error:`` and ``hint:`` on stderr and exit code 2.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from dsv2 import __version__
+from dsv2.errors import ConfigError, Dsv2Error, MissingExtra, did_you_mean, extra_of
+from dsv2.files import is_disk_full
+
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes
+
+
+class Verb(NamedTuple):
+    """Where a verb goes, what it does in one line, and what to do when it was interrupted."""
+
+    target: str
+    summary: str
+    resume: str = "nothing half-written is left; run the same command again"
+
+
+VERBS: dict[str, Verb] = {
+    "tour": Verb(
+        "dsv2.tour:run",
+        "The whole river on a CPU, in minutes: text to chat.",
+        "run the same command again; it continues where it stopped",
+    ),
+    "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
+    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training."),
+    "pretrain": Verb(
+        "dsv2.train.pretrain:run",
+        "Train a model on token shards.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
+    "generate": Verb("dsv2.engine.terminal:generate", "Continue a prompt.", "run the same command again"),
+    "chat": Verb("dsv2.engine.terminal:chat", "Talk to a model in the terminal.", "run the same command again"),
+    "report": Verb("dsv2.report:run", "Write the curves and samples of runs into one HTML file."),
+    "info": Verb("dsv2.info:run", "Count a model's parameters, FLOPs and cache bytes.", "run the same command again"),
+    "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A parsed command line: the verb and the keyword arguments of its stage."""
+
+    verb: str
+    arguments: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C.
+
+    Args:
+        argv: the arguments after ``dsv2``; None: those of this process.
+    """
+    verb = ""
+    try:
+        call = parse(sys.argv[1:] if argv is None else argv)
+        verb = call.verb if call else ""
+        code = run(call) if call else 0
+        sys.stdout.flush()  # here, where a full disk and a closed pipe still get their answer
+        return code
+    except Dsv2Error as error:
+        return _complain(error.message, error.hint)
+    except KeyboardInterrupt:
+        return _complain("interrupted", VERBS[verb].resume if verb else None, code=INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+        return BROKEN_PIPE
+    except Exception as error:
+        if is_disk_full(error):
+            return _complain(f"the disk is full: {error}", f"free some space, then: {VERBS[verb].resume}" if verb else None)
+        raise
+
+
+def parse(argv: Sequence[str]) -> Call | None:
+    """Turn arguments into a Call without importing the stage; None when help or the version was all that was asked for.
+
+    Raises:
+        ConfigError: no such verb or option, or a value that does not fit.
+    """
+    arguments = list(argv) or ["--help"]
+    if not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise ConfigError(f"there is no verb {arguments[0]!r}; verbs: {', '.join(VERBS)}", hint=did_you_mean(arguments[0], VERBS))
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="dsv2", standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message().rstrip(".").replace("Value error, ", "").replace("Input should be", "must be")
+        named = arguments[0] if arguments[0] in VERBS else ""
+        raise ConfigError(message[0].lower() + message[1:], hint=f"run: {' '.join(filter(None, ('dsv2', named, '--help')))}") from error
+    return result if isinstance(result, Call) else None
+
+
+def run(call: Call) -> int:
+    """Import the stage of a call and run it; return its exit code.
+
+    Raises:
+        MissingExtra: the stage needs an optional package that is not installed.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it is imported: huge pages for large tensors
+    module, _, function = VERBS[call.verb].target.partition(":")
+    try:
+        result = getattr(import_module(module), function)(**call.arguments)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = extra_of(package)
+        if extra is None:
+            raise
+        raise MissingExtra(package, extra, f"dsv2 {call.verb}") from error
+    return result if isinstance(result, int) else 0  # a stage may return its report, for those who call it from Python
+
+
+def _complain(message: str, hint: str | None, *, code: int = USER_ERROR) -> int:
+    print(f"error: {message}" if code == USER_ERROR else message, file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+# The verbs' options -----------------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(name="dsv2", rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _verb(*examples: str) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
+    """Make a function the verb of its name; its docstring continues the summary, ``examples`` end the help."""
+
+    def register(function: Callable[..., Call]) -> Callable[..., Call]:
+        summary = VERBS[function.__name__].summary
+        # \b: leave the lines of this paragraph as they are
+        epilog = "\b\n" + "\n".join(["Examples:", *(f"  dsv2 {function.__name__} {example}".rstrip() for example in examples)])
+        return app.command(function.__name__, help=f"{summary}\n\n{function.__doc__}", short_help=summary, epilog=epilog)(function)
+
+    return register
+
+
+def _text(value: str | None) -> str | None:
+    """Refuse an argument whose bytes are no UTF-8, which Python hides in surrogates."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"not UTF-8 text at character {error.start}") from error
+    return value
+
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE", help="Files or folders (txt, md, jsonl, jsonl.gz, jsonl.zst, parquet), or - for stdin.")
+]
+OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
+InvalidUtf8 = Annotated[Literal["error", "replace"], typer.Option(help="What to do about bytes that are no UTF-8.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run or tour: its latest checkpoint is taken.")]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to produce.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up probability P.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")]
+
+
+@app.callback(invoke_without_command=True, epilog="`dsv2 VERB --help` explains a verb. To begin: dsv2 tour --out tour")
+def _about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """DeepSeek-V2 as software: the whole life of a model, from raw text to a chat. The verbs, in the order the data flows:"""
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@_verb("--out tour", "--size small --out tour")
+def tour(
+    out: OutFolder,
+    size: Annotated[str, typer.Option(metavar="NAME", help="Size of the model and length of its training.")] = "standard",
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; without it torch decides.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, threads and machine: same weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue a tour found in DIR, or start it afresh.")] = True,
+) -> Call:
+    """Trains a tokenizer and a small DeepSeek-V2 on the text that ships with dsv2, and leaves DIR/report.html to look at."""
+    return Call("tour", {"out": out, "size": size, "seed": seed, "threads": threads, "fresh": not resume})
+
+
+@_verb("books/ --out tokenizer", "a.jsonl.gz b.txt --vocab-size 8192 --out tokenizer")
+def tokenizer(
+    sources: Sources,
+    out: OutFolder,
+    vocab_size: Annotated[int, typer.Option(metavar="N", help="Size of the model's vocabulary; a multiple of 128.")] = 4096,
+    invalid_utf8: InvalidUtf8 = "error",
+) -> Call:
+    """Byte-level BPE with DeepSeek's splitting rules and special tokens; transformers' AutoTokenizer reads the result."""
+    return Call("tokenizer", {"sources": sources, "out": out, "vocab_size": vocab_size, "invalid_utf8": invalid_utf8})
+
+
+@_verb("books/ --tokenizer tokenizer --out shards", "- --domain en --tokenizer tokenizer --out shards < text.txt")
+def prepare(
+    sources: Sources,
+    tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Tokenizer to encode with.")],
+    out: OutFolder,
+    domain: Annotated[
+        str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's name.")
+    ] = None,
+    invalid_utf8: InvalidUtf8 = "error",
+) -> Call:
+    """Writes memory-mapped token ids with the documents' borders, and a manifest with counts and hashes."""
+    return Call("prepare", {"sources": sources, "tokenizer": tokenizer, "out": out, "domain": domain, "invalid_utf8": invalid_utf8})
+
+
+@_verb(
+    "nano --data shards --out runs/nano",
+    "nano schedule.peak_lr=3e-4 --data shards --out runs/nano",
+    "nano --data shards --out runs/nano --resume",
+)
+def pretrain(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a TOML file.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Token shards from dsv2 prepare.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+) -> Call:
+    """The recipe says what to train and how; KEY=VALUE replaces single values, such as schedule.warmup_steps=100."""
+    arguments = {"recipe": recipe, "overrides": overrides or [], "data": data, "out": out, "resume": resume, "tensorboard": tensorboard}
+    return Call("pretrain", arguments)
+
+
+@_verb("runs/nano --prompt 'Once upon a time'", "runs/nano --prompt - --temperature 0 < prompt.txt")
+def generate(
+    path: Checkpoint,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", callback=_text, help="Text to continue; - reads it from stdin.")],
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
+) -> Call:
+    """Streams the continuation to stdout."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return Call("generate", {"path": path, "prompt": prompt, **sampling, "as_json": json})
+
+
+@_verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")
+def chat(
+    path: Checkpoint,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", callback=_text, help="What the model is told before the conversation.")
+    ] = None,
+    template: Annotated[
+        Literal["v2.5", "v2"] | None, typer.Option(help="How a conversation is written; without it as the tokenizer says.")
+    ] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+) -> Call:
+    """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return Call("chat", {"path": path, "system": system, "template": template, **sampling})
+
+
+@_verb("runs/nano --out report.html", "runs/a runs/b --out compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of training runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="File to write.")],
+) -> Call:
+    """The file holds everything that it shows: loss, bits per byte by domain, load of the experts, samples."""
+    return Call("report", {"runs": runs, "out": out})
+
+
+@_verb("v2", "runs/nano --json")
+def info(
+    target: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A checkpoint, a run, a config.json, or a preset's name.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> Call:
+    """Exact arithmetic, no weights are read: total and active parameters, FLOPs per token, bytes of cache per token."""
+    return Call("info", {"target": target, "as_json": json})
+
+
+@_verb("")
+def doctor() -> Call:
+    """Python, torch, memory, disk, optional packages: what to send along with a question."""
+    return Call("doctor", {})

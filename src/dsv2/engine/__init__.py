@@ -1,0 +1,1 @@
+"""Checkpoint to tokens: requests in, text out, many at a time."""

@@ -1,0 +1,155 @@
+"""Writing to disk so that nothing is ever half there, and hashing what was written."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsv2.errors import DataError
+
+# What libraries say on a full disk instead of raising an OSError with ENOSPC: safetensors, numpy's tofile, torch.save.
+_FULL_DISK_TEXTS = re.compile(r"No space left on device|\d+ requested and \d+ written|inline_container\.cc.* unexpected pos")
+
+_IN_THE_WAY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an exception of Python, numpy, safetensors or torch means a full disk or a spent quota."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _FULL_DISK_TEXTS.search(str(error)) is not None
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk, or a file where a folder should be, into a DataError that names ``path``."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise DataError(
+                f"the disk is full: could not write {path} ({free / 1e6:.1f} MB free)",
+                hint="free some space and run the same command again; it resumes",
+            ) from error
+        if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
+            # the file named may also be one that is read while path is written: say which
+            raise DataError(
+                f"could not write {path}: {error.filename or path}: {error.strerror}", hint="choose another path with --out"
+            ) from error
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """Return ``path`` or its nearest ancestor that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _sync(path: Path) -> None:
+    """Force a file's contents, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, synced, then renamed over it.
+
+    Raises:
+        DataError: the disk is full or may not be written, or a folder is in the way.
+    """
+    payload = data.encode() if isinstance(data, str) else data
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+            _sync(path.parent)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, marker: str = "manifest.json") -> Iterator[Path]:
+    """Give a temporary folder to fill; rename it to ``path`` when the block ends well, else remove it.
+
+    A folder that is already there is replaced, but only an empty one or one that dsv2 wrote, which ``marker`` shows: a mistyped
+    ``--out`` never deletes somebody's files. A process killed inside the block leaves only a hidden ``.NAME.*.tmp`` folder, which
+    the next call for the same path removes.
+
+    Args:
+        path: the folder to write; a symbolic link is followed.
+        marker: name of a file that the folder holds when this code wrote it before.
+
+    Raises:
+        DataError: the disk is full or may not be written, or ``path`` holds something else.
+    """
+    path = Path(os.path.realpath(path))
+    with disk_errors(path):
+        _refuse_foreign(path, marker)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
+        for stale in path.parent.iterdir():
+            if ours.fullmatch(stale.name):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            for entry in temporary.rglob("*"):
+                _sync(entry)
+            os.chmod(temporary, 0o755)
+            _swap(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _refuse_foreign(path: Path, marker: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is a file; a folder goes there", hint="choose another folder with --out")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+        raise DataError(
+            f"{path} already holds other files (no {marker} among them) and is not replaced",
+            hint="choose a new folder with --out, or empty this one",
+        )
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``; what was there is moved aside first, so that ``path`` is whole or absent, never half deleted."""
+    aside = temporary.with_name(temporary.name.removesuffix(".tmp") + "old.tmp")
+    if path.exists():
+        os.replace(path, aside)
+    os.replace(temporary, path)
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)

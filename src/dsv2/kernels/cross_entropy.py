@@ -1,0 +1,56 @@
+"""The head and its cross-entropy in one operation, over a piece of the tokens at a time.
+
+The logits of a batch are the largest tensor of a small model's training step. Here a piece of them exists at a time, and the gradient is formed
+while it does, so nothing is kept or computed twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PIECE_ELEMENTS = 1 << 22  # logits held at once: 16 MiB in fp32, which stays in a last-level cache
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """See ``kernels.linear_cross_entropy``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, dtype: torch.dtype) -> Tensor:
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if need_grad else None
+        grad_weight = torch.zeros_like(weight) if need_grad else None
+        total = hidden.new_zeros((), dtype=torch.float64)
+        size = max(1, _PIECE_ELEMENTS // len(weight))
+        for start in range(0, len(hidden), size):
+            piece = slice(start, start + size)
+            nll, grad_logits = _piece(cast_hidden[piece] @ cast_weight.t(), labels[piece], ignore, need_grad)
+            total += nll
+            if grad_hidden is not None and grad_weight is not None and grad_logits is not None:
+                grad_logits = grad_logits.to(dtype)
+                grad_hidden[piece] = grad_logits @ cast_weight
+                grad_weight.addmm_(grad_logits.t(), cast_hidden[piece]) if dtype == weight.dtype else grad_weight.add_(
+                    grad_logits.t() @ cast_hidden[piece]
+                )
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None
+
+
+def _piece(logits: Tensor, labels: Tensor, ignore: int, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the summed loss of some rows, in fp64, and its gradient for the logits (softmax minus one-hot)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = labels != ignore
+    target = labels.where(counted, 0).unsqueeze(-1)
+    log_norm = logits.logsumexp(dim=-1, keepdim=True)
+    nll = ((log_norm - logits.gather(-1, target)).squeeze(-1).double() * counted).sum()
+    if not need_grad:
+        return nll, None
+    probabilities = logits.sub_(log_norm).exp_()
+    probabilities.scatter_add_(-1, target, probabilities.new_full((), -1.0).expand_as(target))
+    return nll, probabilities.mul_(counted.unsqueeze(-1))

@@ -1,0 +1,73 @@
+"""Rows moved by a permutation, and token rows copied to their experts, with gradients that are gathers.
+
+A gradient through ``index_select`` would scatter with additions; through these it is another gather, so it is faster and repeats bit for
+bit with any number of threads.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _PermuteRows.apply(grad, inverse, order), None, None
+
+
+class _RepeatRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.copies = copies
+        return rows.index_select(0, order // copies)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _SumCopies.apply(grad, order, inverse, ctx.copies), None, None, None
+
+
+class _SumCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.copies = copies
+        return rows.index_select(0, inverse).unflatten(0, (-1, copies)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _RepeatRows.apply(grad, order, inverse, ctx.copies), None, None, None
+
+
+def permute_rows(
+    rows: Float[Tensor, "rows *rest"], order: Int[Tensor, " rows"], inverse: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows *rest"]:
+    """Return ``rows[order]``; ``inverse`` is the inverse permutation of ``order``."""
+    out: Tensor = _PermuteRows.apply(rows, order, inverse)
+    return out
+
+
+def repeat_rows(
+    rows: Float[Tensor, "rows size"], order: Int[Tensor, " copies_of_rows"], inverse: Int[Tensor, " copies_of_rows"], copies: int
+) -> Float[Tensor, "copies_of_rows size"]:
+    """Return every row ``copies`` times, in the order ``order`` of the flat (row, copy) pairs."""
+    out: Tensor = _RepeatRows.apply(rows, order, inverse, copies)
+    return out
+
+
+def sum_copies(
+    rows: Float[Tensor, "copies_of_rows size"], order: Int[Tensor, " copies_of_rows"], inverse: Int[Tensor, " copies_of_rows"], copies: int
+) -> Float[Tensor, "rows size"]:
+    """Undo ``repeat_rows``: bring the copies back together and return their sum per row."""
+    out: Tensor = _SumCopies.apply(rows, order, inverse, copies)
+    return out

@@ -1,0 +1,30 @@
+"""Plain torch definitions of every operation: slow, obvious, and the oracle of the fast ones."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def grouped_swiglu(
+    rows: Float[Tensor, "assignments hidden"],
+    counts: Sequence[int],
+    gate_up: Float[Tensor, "experts double_width hidden"],
+    down: Float[Tensor, "experts hidden width"],
+    weights: Float[Tensor, " assignments"],
+) -> Float[Tensor, "assignments hidden"]:
+    """Run each expert on its rows and scale the results; see ``kernels.grouped_swiglu``."""
+    results = []
+    for expert, x in enumerate(rows.split(list(counts))):
+        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
+        results.append(F.linear(F.silu(gate) * up, down[expert]))
+    return torch.cat(results) * weights.unsqueeze(-1).to(rows.dtype)
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"], labels: Int[Tensor, " tokens"], ignore: int
+) -> Float[Tensor, ""]:
+    """Return the summed negative log-likelihood; see ``kernels.linear_cross_entropy``."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=ignore, reduction="sum")

@@ -1,0 +1,1 @@
+"""Batches to logits: MLA, DeepSeekMoE, the whole transformer, and exact arithmetic about it."""

@@ -1,0 +1,31 @@
+"""DeepSeekMoE: shared experts plus routed experts make one feed-forward layer (eq 20)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsv2.model.config import ModelConfig
+from dsv2.model.experts import RoutedExperts
+from dsv2.model.layers import SwiGLU
+from dsv2.model.router import Router, RouterStats
+
+
+class MoE(nn.Module):
+    """Shared and routed experts of one layer; ``gate.weight`` holds the centroids, as in published checkpoints."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = SwiGLU(config.hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
+
+    def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> tuple[Float[Tensor, "batch tokens hidden"], RouterStats]:
+        """Return the layer's output without residual, and what the router did."""
+        batch_shape = x.shape[:2]
+        flat = x.flatten(0, 1)
+        routing = self.gate(flat)
+        out = self.experts(flat, routing.experts, routing.gates)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(flat)
+        stats = RouterStats(self.layer, routing.affinity.unflatten(0, batch_shape), routing.experts.unflatten(0, batch_shape))
+        return out.unflatten(0, batch_shape), stats

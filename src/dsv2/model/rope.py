@@ -1,0 +1,60 @@
+"""Rotary positions on interleaved pairs, and YaRN's frequencies (section 3.1.4; spec 1.4 and 5).
+
+Dimensions (2j, 2j+1) form one pair that turns by position * theta_j. The order stays interleaved, also in the cache.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv2.model.config import ModelConfig, YarnScaling
+
+Rotation = tuple[Float[Tensor, "batch tokens pairs"], Float[Tensor, "batch tokens pairs"]]
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Tensor, " pairs"]:
+    """Return theta_j in radians per token, fp32, one per pair; with YaRN the slow ones are divided by its factor.
+
+    fp32 throughout, as DeepSeek trained: at position 100,000 the rounding of theta_j already turns a pair by 0.006 rad, so a "better" fp64
+    table would be another function.
+    """
+    dim = config.qk_rope_head_dim
+    theta = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if config.rope_scaling is None:
+        return theta
+    ramp = yarn_ramp(config.rope_scaling, dim, config.rope_theta)
+    return theta * (1 - ramp) + theta / config.rope_scaling.factor * ramp
+
+
+def yarn_ramp(yarn: YarnScaling, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+    """Return the share of interpolation per pair: 0 leaves a frequency alone, 1 divides it by the factor.
+
+    Linear in the dimension index, with floor and ceil, as in all published code (the YaRN paper's eq 18 is linear in rotations; spec 10.4).
+    """
+
+    def dimension_of(rotations: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension_of(yarn.beta_fast)), 0)
+    high = float(min(math.ceil(dimension_of(yarn.beta_slow)), dim - 1))
+    if high == low:
+        high += 0.001  # a step instead of a division by zero
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+
+
+def rotation(positions: Int[Tensor, "batch tokens"], frequencies: Float[Tensor, " pairs"], scale: float) -> Rotation:
+    """Return cos and sin of every pair's angle, fp32, times ``scale`` (``config.rotation_scale``, 1.0 in DeepSeek's models)."""
+    angle = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
+    return (angle.cos(), angle.sin()) if scale == 1.0 else (angle.cos() * scale, angle.sin() * scale)
+
+
+def rotate(x: Float[Tensor, "batch tokens *heads rope"], rotation: Rotation) -> Float[Tensor, "batch tokens *heads rope"]:
+    """Turn each interleaved pair of ``x`` by its angle, in fp32 (eq 14 and 15); returns the dtype of ``x``."""
+    cos, sin = rotation
+    if x.dim() == 4:  # a head axis between tokens and pairs
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    pairs = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

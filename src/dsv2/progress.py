@@ -1,0 +1,303 @@
+"""What a run says while it works: tables and progress bars on stderr, metrics as JSON lines beside the checkpoints.
+
+Rank-aware through the environment variable RANK, which torchrun sets: only rank 0 speaks and writes. Data never goes through here;
+it belongs on stdout.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from io import FileIO
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dsv2.errors import DataError, MissingExtra
+from dsv2.files import atomic_write, disk_errors
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LINE_INTERVAL_S = 10.0  # between two plain progress lines where stderr is no terminal
+
+
+def is_main_rank() -> bool:
+    """Tell whether this process is rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console() -> Console:
+    """Return the console on stderr; silent on ranks other than 0."""
+    return _console(is_main_rank())
+
+
+@cache
+def _console(speaks: bool) -> Console:
+    # One object per process: a line printed while a bar is live goes above the bar only when both use the same console.
+    return Console(stderr=True, quiet=not speaks, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on stderr; cells are shown as ``str`` gives them, numbers to the right, ``[`` without meaning."""
+    shown = Table(title=Text(title), title_justify="left", show_edge=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
+        shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(str(cell)) for cell in row))
+    console().print(shown)
+
+
+# Progress ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Bar(Protocol):
+    """What ``bar`` gives: tell it how much is done, and what to show beside it."""
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Count ``n`` more units as done; a field stays on show until it is given again."""
+
+
+@contextmanager
+def bar(total: int | None, description: str, *, unit: str, done: int = 0) -> Iterator[Bar]:
+    """Show progress on stderr with the remaining time; a plain line every 10 s at most where that is no terminal; nothing off rank 0.
+
+    Args:
+        total: units in all; None when that is not known.
+        description: what is going on, one or two words.
+        unit: plural of what is counted, such as "steps".
+        done: units done before this process started, when it resumes; they do not count for the speed.
+    """
+    if not is_main_rank():
+        yield _SilentBar()
+    elif console().is_terminal:
+        yield from _live(total, description, unit, done)
+    else:
+        lines = _LineBar(total, description, unit, done)
+        try:
+            yield lines
+        finally:
+            lines.finish()
+
+
+class _SilentBar:
+    def advance(self, n: int = 1, **fields: object) -> None:
+        pass
+
+
+class _LiveBar:
+    def __init__(self, progress: Progress, task: TaskID, total: int | None, unit: str, done: int) -> None:
+        self._progress, self._task, self._total, self._unit, self._done = progress, task, total, unit, done
+        self._fields: dict[str, object] = {}
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        self._done += n
+        self._fields |= fields
+        count = _count(self._done, self._total, self._unit)
+        self._progress.update(self._task, advance=n, count=count, fields=_show(self._fields))
+
+
+def _live(total: int | None, description: str, unit: str, done: int) -> Iterator[Bar]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[fields]}", markup=False),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console(), refresh_per_second=4) as progress:  # 4: the cores are for the work
+        task = progress.add_task(description, total=total, completed=done, count=_count(done, total, unit), fields="")
+        yield _LiveBar(progress, task, total, unit, done)
+
+
+class _LineBar:
+    def __init__(self, total: int | None, description: str, unit: str, done: int) -> None:
+        self._total, self._description, self._unit = total, description, unit
+        self._done = self._done_before = done
+        self._fields: dict[str, object] = {}
+        self._started = self._printed = monotonic()
+        self._fresh = False  # something was counted since the last line
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        self._done += n
+        self._fields |= fields
+        self._fresh = True
+        if monotonic() - self._printed >= LINE_INTERVAL_S:
+            self._print()
+
+    def finish(self) -> None:
+        if self._fresh:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed, self._fresh = monotonic(), False
+        elapsed, worked = self._printed - self._started, self._done - self._done_before
+        parts = [f"{self._description}: {_count(self._done, self._total, self._unit)}", _show(self._fields)]
+        if self._total and worked and self._done < self._total:
+            parts.append(f"ETA {_clock(elapsed * (self._total - self._done) / worked)}")
+        else:
+            parts.append(f"in {_clock(elapsed)}")
+        console().print(", ".join(filter(None, parts)), markup=False, soft_wrap=True)
+
+
+def _count(done: int, total: int | None, unit: str) -> str:
+    return f"{done:,} {unit}" if total is None else f"{done:,}/{total:,} {unit} ({100 * done // max(total, 1)}%)"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _show(fields: dict[str, object]) -> str:
+    """Write fields for reading: ``loss=4.20691, tokens_per_s=4100.2`` becomes ``loss 4.207, 4,100 tokens/s``."""
+    shown = []
+    for name, value in fields.items():
+        number = (
+            f"{value:,.4g}"
+            if isinstance(value, float) and abs(value) < 1000
+            else f"{value:,.0f}"
+            if isinstance(value, int | float)
+            else str(value)
+        )
+        shown.append(
+            f"{number} {name.removesuffix('_per_s').replace('_', ' ')}/s"
+            if name.endswith("_per_s")
+            else f"{name.replace('_', ' ')} {number}"
+        )
+    return ", ".join(shown)
+
+
+# Metrics ----------------------------------------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """The metrics of a run, one JSON object a line: ``{"step": 12, "kind": "train", "loss": 4.21, ...}``.
+
+    Every line is flushed, so a killed process loses at most the line that it was writing; a torn last line is removed when the log is
+    opened again. A value that is NaN or infinite is written as null, since JSON knows neither. Ranks other than 0 write nothing.
+
+    Args:
+        path: the file, made when the first line is written.
+        tensorboard: write the numbers to a folder ``tensorboard`` beside it as well.
+
+    Raises:
+        MissingExtra: ``tensorboard`` is wanted and not installed.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
+        if tensorboard and find_spec("tensorboard") is None:
+            raise MissingExtra("tensorboard", "tensorboard", "writing TensorBoard metrics")
+        self.path = path
+        self._file: FileIO | None = None
+        self._tensorboard = tensorboard
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        if is_main_rank() and path.exists():
+            _drop_torn_line(path)
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Append one line.
+
+        Args:
+            step: optimiser steps done.
+            kind: what the line holds, such as "train", "validation" or "sample".
+            **values: plain Python: numbers, texts, lists and dicts of them.
+
+        Raises:
+            DataError: the disk is full or may not be written.
+        """
+        if not is_main_rank():
+            return
+        line = json.dumps({"step": step, "kind": kind} | _finite(values), ensure_ascii=False, allow_nan=False)
+        with disk_errors(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            rest = line.encode() + b"\n"
+            while rest:  # a disk that fills up takes a part first and complains the next time
+                rest = rest[self._file.write(rest) :]
+            if self._tensorboard:
+                self._write_tensorboard(step, kind, values)
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines after ``step``, and a torn last line, in one atomic replacement: a resumed run writes them again."""
+        self._close_files()
+        self._purge_step = step + 1
+        if is_main_rank() and self.path.exists():
+            kept = [line for line, row in _rows(self.path) if row["step"] <= step]
+            atomic_write(self.path, b"".join(kept))
+
+    def close(self) -> None:
+        """Close the files; a later ``write`` opens them again."""
+        self._close_files()
+
+    def _close_files(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_tensorboard(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._writer.add_text(f"{kind}/{name}", value, step)
+            for label, number in {"": value}.items() if not isinstance(value, dict) else value.items():
+                if isinstance(number, int | float):
+                    self._writer.add_scalar(f"{kind}/{name}/{label}".rstrip("/"), number, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file, leaving out a torn last line.
+
+    Raises:
+        DataError: there is no such file, or a line before the last is damaged.
+    """
+    if not path.is_file():
+        raise DataError(f"there are no metrics at {path}", hint="give the folder of a training run")
+    return [row for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each whole line of a metrics file with its newline, and the object in it."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield line, row
+        elif number < len(lines):
+            raise DataError(f"{path}:{number}: not a line of metrics: {line[:60]!r}", hint="remove that line")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut the file after its last newline, since the next line would otherwise be glued to the torn one."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with null for every NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,66 @@
+"""What is minimised: cross-entropy of the next token plus weighted balance losses (eq 23-31)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from dsv2.config import Section
+from dsv2.data.batch import IGNORE, Batch
+from dsv2.kernels import linear_cross_entropy
+from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2.model.config import ModelConfig
+from dsv2.model.router import RouterStats
+from dsv2.model.transformer import Transformer
+
+
+class BalanceSection(Section):
+    """Weights of the balance losses; 0 switches one off."""
+
+    expert: float = Field(default=0.003, ge=0, description="alpha_1, evens the load of experts")
+    device: float = Field(default=0.0, ge=0, description="alpha_2, evens the load of devices (expert groups)")
+    communication: float = Field(default=0.0, ge=0, description="alpha_3, evens what devices receive")
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Losses of one micro-batch.
+
+    Args:
+        nll: summed over its labels, nats.
+        balance: weighted, summed over layers, averaged over sequences.
+        router_stats: of each MoE layer.
+    """
+
+    nll: Float[Tensor, ""]
+    balance: Float[Tensor, ""]
+    router_stats: tuple[RouterStats, ...]
+
+
+def batch_losses(model: Transformer, batch: Batch, balance: BalanceSection) -> Losses:
+    """Run the model on a packed batch and return its losses, with graph."""
+    output = model(batch.tokens, batch.positions, batch.document_ids)
+    nll = token_nll(model, output.hidden, batch.labels)
+    return Losses(nll, balance_loss(output.router_stats, balance, model.config), output.router_stats)
+
+
+def token_nll(model: Transformer, hidden: Float[Tensor, "batch tokens hidden"], labels: Tensor) -> Float[Tensor, ""]:
+    """Return the summed negative log-likelihood of the labels, nats."""
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), IGNORE)
+
+
+def balance_loss(stats: Sequence[RouterStats], balance: BalanceSection, config: ModelConfig) -> Float[Tensor, ""]:
+    """Return the weighted balance losses summed over layers (not divided by their number, spec 10.9)."""
+    total = torch.zeros(())
+    for layer in stats:
+        if balance.expert:
+            total = total + balance.expert * expert_balance_loss(layer.affinity, layer.experts)
+        if balance.device:
+            total = total + balance.device * device_balance_loss(layer.affinity, layer.experts, config.n_group)
+        if balance.communication:
+            loss = communication_balance_loss(layer.affinity, layer.experts, config.n_group, config.topk_group)
+            total = total + balance.communication * loss
+    return total

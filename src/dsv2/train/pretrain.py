@@ -1,0 +1,223 @@
+"""Stage: token shards to a base model (section 3.1)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from dsv2.config import Section, dump_toml, load_recipe
+from dsv2.data.loader import Loader
+from dsv2.data.packing import Rows
+from dsv2.data.shards import TokenShards
+from dsv2.errors import ConfigError, DataError
+from dsv2.files import atomic_write, atomic_write_json
+from dsv2.model.accounting import cache_elements_per_token, count_parameters
+from dsv2.model.config import ModelConfig
+from dsv2.model.init import initialise
+from dsv2.model.transformer import Transformer
+from dsv2.presets import preset
+from dsv2.progress import MetricsLog, console, table
+from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.loop import LoopPlan, RunSection, Sample, resume_from, train
+from dsv2.train.losses import BalanceSection
+from dsv2.train.optimizer import AdamWSection, make_optimizer
+from dsv2.train.precision import autocast_dtype, make_deterministic, resolve_precision
+from dsv2.train.schedule import BatchSize, LearningRate, check_batch
+from dsv2.train.validation import DomainLoss, validate
+
+
+class ModelSection(Section):
+    """Which model: a preset, and fields of its config.json to replace."""
+
+    preset: str = Field(description="name of a preset")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="config.json fields to replace")
+
+
+class PretrainRecipe(Section):
+    """A pre-training run: one dial, the preset and the token budget, and the values that go with it."""
+
+    model: ModelSection
+    run: RunSection
+    batch: BatchSize
+    learning_rate: LearningRate
+    optimizer: AdamWSection = AdamWSection()
+    balance: BalanceSection = BalanceSection()
+
+    def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
+        """Return the model's config, its vocabulary that of the tokenizer.
+
+        Raises:
+            ConfigError: unknown preset or field, sizes that do not fit, or a vocabulary other than the tokenizer's.
+        """
+        overrides = dict(self.model.overrides)
+        if tokenizer is not None:
+            overrides |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return preset(self.model.preset, **overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What a run reads: training shards, held-out shards where there are any, and the tokenizer that made both."""
+
+    train: TokenShards
+    validation: TokenShards | None
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Open ``folder``, which holds tokenizer/, train/ and, if wanted, validation/.
+
+        Raises:
+            DataError: a part is missing or damaged, or the shards were written with another tokenizer.
+        """
+        for part in ("tokenizer", "train"):
+            if not (folder / part).is_dir():
+                raise DataError(
+                    f"{folder} has no folder {part}/",
+                    hint=f"make {folder}/tokenizer with `dsv2 tokenizer`, then {folder}/train and {folder}/validation with `dsv2 prepare`",
+                )
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        training = TokenShards.open(folder / "train")
+        held_out = TokenShards.open(folder / "validation") if (folder / "validation").is_dir() else None
+        for shards in (training, held_out):
+            if shards is not None:
+                shards.expect_tokenizer(tokenizer.fingerprint)
+        return cls(training, held_out, tokenizer)
+
+
+def run(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> None:
+    """Stage of ``dsv2 pretrain``: load the recipe and the data, print the plan, train.
+
+    Raises:
+        ConfigError: a wrong recipe, or a run folder that exists and may not be continued.
+        DataError: missing or damaged data.
+    """
+    make_deterministic()
+    loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
+    if not resume and (out / "recipe.toml").exists():
+        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
+    pretrain(loaded, Corpus.open(Path(data)), Path(out), tensorboard=tensorboard)
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    corpus: Corpus,
+    out: Path,
+    *,
+    tensorboard: bool = False,
+    sample: Callable[[Transformer], Sequence[Sample]] | None = None,
+) -> Transformer:
+    """Train, or go on training, the run in ``out``; return the model.
+
+    Raises:
+        ConfigError: the recipe does not fit the data, or differs from the one that the run began with.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_batch(recipe.batch)
+    config = recipe.model_config_for(corpus.tokenizer)
+    if recipe.run.seq_len > config.max_position_embeddings:
+        raise ConfigError(f"run.seq_len = {recipe.run.seq_len} exceeds max_position_embeddings = {config.max_position_embeddings}")
+    recipe = _settle(recipe, out, device)
+    plan = LoopPlan(recipe.run, recipe.batch, recipe.learning_rate, recipe.optimizer, recipe.balance, autocast_dtype(recipe.run.precision))
+    model = Transformer(config)
+    initialise(model, recipe.run.seed)
+    model.to(device)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    start = resume_from(out, model, optimizer)
+    metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
+    metrics.cut_back(start.step if start else 0)
+    loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
+    _print_plan(recipe, config, corpus, plan, start.step if start else 0)
+    try:
+        train(
+            model, optimizer, corpus.tokenizer, loader, plan, out,
+            metrics=metrics, start=start, validate=_validator(corpus, recipe, plan), sample=sample,
+        )  # fmt: skip
+    finally:
+        metrics.close()
+    return model
+
+
+def _settle(recipe: PretrainRecipe, out: Path, device: torch.device) -> PretrainRecipe:
+    """Resolve what depends on the machine and save it; a run that goes on keeps what it began with.
+
+    Raises:
+        ConfigError: the run in ``out`` began with another recipe.
+    """
+    settled = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, device)})}
+    )
+    saved = out / "recipe.toml"
+    if saved.exists():
+        began = load_recipe(str(saved), PretrainRecipe, folder="pretrain")
+        changed = _differences(
+            began.model_dump(), (settled if recipe.run.precision != "auto" else _same_precision(settled, began)).model_dump()
+        )
+        if changed:
+            raise ConfigError(
+                f"{out} began with another recipe; different: {', '.join(changed)}",
+                hint="resume with the same recipe, or choose another --out",
+            )
+        return began
+    atomic_write(saved, dump_toml(settled))
+    atomic_write_json(out / "plan.json", {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device)})
+    return settled
+
+
+def _same_precision(recipe: PretrainRecipe, other: PretrainRecipe) -> PretrainRecipe:
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": other.run.precision})})
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changed.append(f"{prefix}{key} ({a!r} then, {b!r} now)")
+    return changed
+
+
+def _validator(corpus: Corpus, recipe: PretrainRecipe, plan: LoopPlan) -> Callable[[Transformer], dict[str, DomainLoss]] | None:
+    if corpus.validation is None:
+        return None
+    held_out = corpus.validation
+    return lambda model: validate(model, held_out, recipe.run.seq_len, batch_rows=recipe.batch.micro_sequences, autocast=plan.autocast)
+
+
+def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, plan: LoopPlan, done: int) -> None:
+    counts, steps = count_parameters(config), plan.steps()
+    epochs = recipe.run.tokens / corpus.train.num_tokens()
+    rows = [
+        (
+            "model",
+            f"{config.num_hidden_layers} layers, d {config.hidden_size}, {config.n_routed_experts or 0} routed experts top {config.num_experts_per_tok or 0}",
+        ),
+        ("parameters", f"{counts.total:,} total, {counts.activated_without_embedding:,} activated per token (input embedding not counted)"),
+        ("latent cache", f"{cache_elements_per_token(config):,} numbers per token"),
+        ("data", f"{corpus.train.num_tokens():,} tokens in {', '.join(corpus.train.domains)}; {epochs:.2f} epochs"),
+        (
+            "steps",
+            f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
+        ),
+        (
+            "learning rate",
+            f"{recipe.learning_rate.peak:g} after {recipe.learning_rate.warmup_steps} steps, x{recipe.learning_rate.decay_factor:g} at {list(recipe.learning_rate.decay_points)} of the tokens",
+        ),
+        ("precision", f"{recipe.run.precision}, {torch.get_num_threads()} threads"),
+    ]
+    table("plan", ("what", "value"), rows)
+    if done:
+        console().print(f"resuming after step {done} of {len(steps)}")

@@ -1,0 +1,72 @@
+"""Learning rate and batch size as pure functions of where a run stands (section 3.1.2; spec 4.1, 10.10)."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from dsv2.config import Section
+from dsv2.errors import ConfigError
+
+
+class LearningRate(Section):
+    """Linear warm-up by steps, then steps down at shares of the token budget."""
+
+    peak: float = Field(gt=0, description="learning rate after warm-up")
+    warmup_steps: int = Field(default=2000, ge=0, description="steps from 0 to the peak")
+    decay_points: tuple[float, ...] = Field(default=(0.6, 0.9), description="shares of the token budget after which the rate is multiplied")
+    decay_factor: float = Field(default=0.316, gt=0, le=1, description="factor at each of these points; two of them make a tenth")
+
+
+class BatchSize(Section):
+    """Sequences per step, rising linearly in consumed tokens."""
+
+    sequences: int = Field(gt=0, description="sequences a step, at the end of the ramp")
+    initial_sequences: int | None = Field(default=None, gt=0, description="sequences a step at the start; absent: constant")
+    ramp_tokens: int = Field(default=0, ge=0, description="tokens over which the batch grows")
+    micro_sequences: int = Field(gt=0, description="sequences in one forward and backward; the batch is a multiple of it")
+
+
+def learning_rate(schedule: LearningRate, *, step: int, tokens: int, total_tokens: int) -> float:
+    """Return the rate of one step.
+
+    Args:
+        schedule: peak, warm-up and decay.
+        step: optimiser steps done before this one.
+        tokens: tokens consumed before this step.
+        total_tokens: the budget.
+    """
+    warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    passed = sum(tokens >= point * total_tokens for point in schedule.decay_points)
+    return schedule.peak * warmup * schedule.decay_factor**passed
+
+
+def batch_size(batch: BatchSize, tokens: int) -> int:
+    """Return the sequences of the step that starts after ``tokens`` tokens: linear from initial to final, rounded to whole micro-batches."""
+    start = batch.initial_sequences if batch.initial_sequences is not None else batch.sequences
+    share = min(1.0, tokens / batch.ramp_tokens) if batch.ramp_tokens else 1.0
+    wanted = start + (batch.sequences - start) * share
+    return max(1, round(wanted / batch.micro_sequences)) * batch.micro_sequences
+
+
+def check_batch(batch: BatchSize) -> None:
+    """Refuse batch sizes that do not split into micro-batches.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    for name in ("sequences", "initial_sequences"):
+        value = getattr(batch, name)
+        if value is not None and value % batch.micro_sequences:
+            raise ConfigError(
+                f"batch.{name} = {value} does not split into batch.micro_sequences = {batch.micro_sequences}",
+                hint=f"use a multiple of {batch.micro_sequences}",
+            )
+
+
+def steps_of(batch: BatchSize, seq_len: int, total_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield (consumed sequences before the step, sequences of the step) until the token budget is spent."""
+    consumed = 0
+    while consumed * seq_len < total_tokens:
+        size = batch_size(batch, consumed * seq_len)
+        yield consumed, size
+        consumed += size

@@ -1,0 +1,70 @@
+"""Grouped experts, row movement and the chunked head against their plain definitions, forward and hand-written backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import training
+
+from dsv2.kernels import cross_entropy, grouped_swiglu, linear_cross_entropy, reference
+from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@settings(deadline=None, max_examples=40)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5), hidden=st.integers(1, 5), width=st.integers(1, 4))
+def test_grouped_swiglu_is_one_expert_after_the_other(counts, hidden, width):
+    rows, weights = randn(sum(counts), hidden), randn(sum(counts), seed=1)
+    gate_up, down = randn(len(counts), 2 * width, hidden, seed=2), randn(len(counts), hidden, width, seed=3)
+    ours = grouped_swiglu(rows, counts, gate_up, down, weights)
+    expected = reference.grouped_swiglu(rows, counts, gate_up, down, weights)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    mix = torch.randn_like(expected)
+    inputs = (rows, gate_up, down, weights)
+    for ours_grad, expected_grad in zip(
+        torch.autograd.grad((ours * mix).sum(), inputs), torch.autograd.grad((expected * mix).sum(), inputs), strict=True
+    ):
+        assert torch.allclose(ours_grad, expected_grad, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(1, 5), copies=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_rows_travel_and_come_back(tokens, copies, seed):
+    order = torch.randperm(tokens * copies, generator=torch.Generator().manual_seed(seed))
+    inverse = torch.argsort(order)
+    x = randn(tokens, 3)
+    sent = repeat_rows(x, order, inverse, copies)
+    assert torch.equal(sent, x.repeat_interleave(copies, dim=0)[order])
+    assert torch.allclose(sum_copies(sent, order, inverse, copies), x * copies)
+    assert torch.equal(permute_rows(permute_rows(sent, inverse, order), order, inverse), sent)
+    assert torch.autograd.gradcheck(lambda t: sum_copies(repeat_rows(t, order, inverse, copies).sin(), order, inverse, copies), x)
+    assert torch.autograd.gradcheck(lambda t: permute_rows(t, order, inverse).sin(), randn(tokens * copies, 2))
+
+
+@pytest.mark.parametrize("piece_elements", [1, 20, 1 << 22])
+@settings(deadline=None, max_examples=15)
+@given(labels=st.lists(st.integers(-1, 6), min_size=1, max_size=9), hidden=st.integers(1, 4))
+def test_chunked_head_is_the_cross_entropy_of_the_whole(piece_elements, labels, hidden):
+    labels = torch.tensor([label if label >= 0 else -100 for label in labels])
+    h, weight = randn(len(labels), hidden), randn(7, hidden, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "_PIECE_ELEMENTS", piece_elements)
+        total = linear_cross_entropy(h, weight, labels, -100)
+    count = int((labels != -100).sum())
+    ours_grads = torch.autograd.grad(total * 0.5, (h, weight))
+    if count == 0:
+        assert total.item() == 0.0
+        assert all((grad == 0).all() for grad in ours_grads)
+        return
+    expected = training.cross_entropy(h, weight, labels) * count
+    assert total.item() == pytest.approx(expected.item(), abs=1e-10)
+    for ours_grad, expected_grad in zip(ours_grads, torch.autograd.grad(expected * 0.5, (h, weight)), strict=True):
+        assert torch.allclose(ours_grad, expected_grad, atol=1e-10)
+
+
+def test_head_survives_large_logits_and_needs_no_gradient():
+    hidden, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[5e4], [-5e4]])
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0, 0]), -100).item() == pytest.approx(1e5)
