@@ -175,7 +175,7 @@ def _about(version: Annotated[bool, typer.Option("--version", help="Print the ve
         raise typer.Exit()
 
 
-@_verb("--out tour", "--size small --out tour")
+@_verb("--out tour", "--size long --out tour-long", "--size smoke --out smoke")
 def tour(
     out: OutFolder,
     size: Annotated[str, typer.Option(metavar="NAME", help="Size of the model and length of its training.")] = "standard",
@@ -187,7 +187,7 @@ def tour(
     return Call("tour", {"out": out, "size": size, "seed": seed, "threads": threads, "fresh": not resume})
 
 
-@_verb("books/ --out tokenizer", "a.jsonl.gz b.txt --vocab-size 8192 --out tokenizer")
+@_verb("books/ --out data/tokenizer", "a.jsonl.gz b.txt --vocab-size 8192 --out data/tokenizer")
 def tokenizer(
     sources: Sources,
     out: OutFolder,
@@ -198,7 +198,7 @@ def tokenizer(
     return Call("tokenizer", {"sources": sources, "out": out, "vocab_size": vocab_size, "invalid_utf8": invalid_utf8})
 
 
-@_verb("books/ --tokenizer tokenizer --out shards", "- --domain en --tokenizer tokenizer --out shards < text.txt")
+@_verb("books/ --tokenizer data/tokenizer --out data/train", "- --domain en --tokenizer data/tokenizer --out data/train < text.txt")
 def prepare(
     sources: Sources,
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Tokenizer to encode with.")],
@@ -213,19 +213,19 @@ def prepare(
 
 
 @_verb(
-    "nano --data shards --out runs/nano",
-    "nano schedule.peak_lr=3e-4 --data shards --out runs/nano",
-    "nano --data shards --out runs/nano --resume",
+    "nano --data data --out runs/nano",
+    "nano learning_rate.peak=3e-4 --data data --out runs/nano",
+    "nano --data data --out runs/nano --resume",
 )
 def pretrain(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a TOML file.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Token shards from dsv2 prepare.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Holds tokenizer/, train/ and, if wanted, validation/.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
 ) -> Call:
-    """The recipe says what to train and how; KEY=VALUE replaces single values, such as schedule.warmup_steps=100."""
+    """The recipe says what to train and how; KEY=VALUE replaces single values, such as learning_rate.warmup_steps=100."""
     arguments = {"recipe": recipe, "overrides": overrides or [], "data": data, "out": out, "resume": resume, "tensorboard": tensorboard}
     return Call("pretrain", arguments)
 
@@ -256,9 +256,9 @@ def chat(
         Literal["v2.5", "v2"] | None, typer.Option(help="How a conversation is written; without it as the tokenizer says.")
     ] = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
+    temperature: Temperature = 1.0,
     top_k: TopK = 0,
-    top_p: TopP = 0.95,
+    top_p: TopP = 1.0,
     seed: Seed = None,
 ) -> Call:
     """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""

@@ -101,23 +101,23 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, marker: str = "manifest.json") -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; rename it to ``path`` when the block ends well, else remove it.
 
-    A folder that is already there is replaced, but only an empty one or one that dsv2 wrote, which ``marker`` shows: a mistyped
-    ``--out`` never deletes somebody's files. A process killed inside the block leaves only a hidden ``.NAME.*.tmp`` folder, which
-    the next call for the same path removes.
+    A folder that is already there is replaced if dsv2 wrote it: it holds a manifest.json, or nothing that the new one does not hold
+    too. So a mistyped ``--out`` never deletes somebody's files. A process killed inside the block leaves only a hidden
+    ``.NAME.*.tmp`` folder, which the next call for the same path removes.
 
     Args:
         path: the folder to write; a symbolic link is followed.
-        marker: name of a file that the folder holds when this code wrote it before.
 
     Raises:
         DataError: the disk is full or may not be written, or ``path`` holds something else.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is a file, and a folder is to be written there", hint="choose another folder with --out")
     with disk_errors(path):
-        _refuse_foreign(path, marker)
         path.parent.mkdir(parents=True, exist_ok=True)
         ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
         for stale in path.parent.iterdir():
@@ -135,20 +135,16 @@ def atomic_folder(path: Path, *, marker: str = "manifest.json") -> Iterator[Path
             raise
 
 
-def _refuse_foreign(path: Path, marker: str) -> None:
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{path} is a file; a folder goes there", hint="choose another folder with --out")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
-        raise DataError(
-            f"{path} already holds other files (no {marker} among them) and is not replaced",
-            hint="choose a new folder with --out, or empty this one",
-        )
-
-
 def _swap(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path``; what was there is moved aside first, so that ``path`` is whole or absent, never half deleted."""
     aside = temporary.with_name(temporary.name.removesuffix(".tmp") + "old.tmp")
     if path.exists():
+        foreign = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()})
+        if foreign and not (path / "manifest.json").is_file():
+            raise DataError(
+                f"{path} exists and would be replaced, but holds other things: {', '.join(foreign[:5])}",
+                hint="choose a new or empty folder with --out",
+            )
         os.replace(path, aside)
     os.replace(temporary, path)
     _sync(path.parent)

@@ -1,9 +1,8 @@
 """The published models and ours, by name. Works without torch."""
 
-import difflib
 from typing import Any
 
-from dsv2.errors import ConfigError
+from dsv2.errors import ConfigError, did_you_mean
 from dsv2.model.config import ModelConfig
 
 _YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -31,6 +30,13 @@ def _yarn(mscale: float) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # the tour's: small enough to train in minutes on two cores
+    "tour": {
+        "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
+        "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 16,
+        "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 96, "first_k_dense_replace": 1,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
     # small models of ours: for a laptop, and for measuring beside other implementations
     "nano": {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -58,6 +64,5 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
         ConfigError: no such preset (the nearest name is given), an unknown field, or sizes that do not fit together.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}", hint=f"did you mean {near[0]!r}?")
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}", hint=did_you_mean(name, PRESETS))
     return ModelConfig.from_dict(PRESETS[name] | overrides, source=f"preset {name}")

@@ -88,15 +88,23 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path: Path) -> None:
     home.mkdir()
     with atomic_folder(home) as folder:  # empty: fine
         (folder / "photo.jpg").write_bytes(b"1")
-    for path in (home, home / "photo.jpg", tmp_path / "link"):
-        if path.name == "link":
-            path.symlink_to(home)
-        with pytest.raises(DataError, match="already holds other files|is a file") as caught, atomic_folder(path):
-            pytest.fail("the block ran")
+    (tmp_path / "link").symlink_to(home)
+    for path, says in {
+        home: "holds other things: photo.jpg",
+        tmp_path / "link": "holds other things",
+        home / "photo.jpg": "is a file",
+    }.items():
+        with pytest.raises(DataError, match=says) as caught, atomic_folder(path) as folder:
+            (folder / "manifest.json").write_text("")
         assert "--out" in str(caught.value.hint)
-    with atomic_folder(tmp_path / "link", marker="photo.jpg") as folder:  # its writer knows it, through a link too
+    assert entries(tmp_path) == ["home", "link"]
+    with atomic_folder(tmp_path / "link") as folder:  # the same names and more: a newer version, through a link too
         (folder / "photo.jpg").write_bytes(b"2")
+        (folder / "manifest.json").write_text("")
     assert (home / "photo.jpg").read_bytes() == b"2"
+    with atomic_folder(home) as folder:  # a manifest shows that dsv2 wrote it
+        (folder / "manifest.json").write_text("")
+    assert entries(home) == ["manifest.json"]
 
 
 def test_temporary_folders_of_neighbours_are_left_alone(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def complaint(path: Path, *overrides: str) -> ConfigError:
 
 
 def test_file_then_overrides_in_order(recipe_file: Path) -> None:
-    recipe = load(recipe_file, "schedule.warmup_steps=5", "preset=v2-lite", "clip=false", "schedule.warmup_steps=7", "second.every=3", "out=a/b")
+    recipe = load(
+        recipe_file, "schedule.warmup_steps=5", "preset=v2-lite", "clip=false", "schedule.warmup_steps=7", "second.every=3", "out=a/b"
+    )
     assert recipe.schedule == Schedule(warmup_steps=7, peak_lr=1.0, drops_at=(0.5,))
     assert isinstance(recipe.schedule.peak_lr, float)
     assert recipe.second == Schedule(every=3)
@@ -135,7 +137,12 @@ def test_missing_key_and_errors_of_validators_name_the_file(recipe_file: Path) -
 
 @pytest.mark.parametrize(
     ("text", "line", "shown"),
-    [("a = 1\n[schedule\nb = 2\n", 2, "[schedule"), ("a = 1\na = 2\n", 2, "a = 2"), ('a = """\nopen\n', 2, "open"), ("a = 1\n\nb\n", 3, "b")],
+    [
+        ("a = 1\n[schedule\nb = 2\n", 2, "[schedule"),
+        ("a = 1\na = 2\n", 2, "a = 2"),
+        ('a = """\nopen\n', 2, "open"),
+        ("a = 1\n\nb\n", 3, "b"),
+    ],
 )
 def test_broken_toml_names_file_and_line(recipe_file: Path, text: str, line: int, shown: str) -> None:
     recipe_file.write_text(text)

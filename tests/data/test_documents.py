@@ -103,7 +103,7 @@ def test_stdin_is_jsonl_when_it_begins_with_a_brace(monkeypatch, data, expected)
 
 def test_empty_stdin_is_no_corpus(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  \n")))
-    assert "no document in stdin" in refused("-").message
+    assert "no document in -: 1 files read" in refused("-").message
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.sampled_from([True, False]))
@@ -281,9 +281,9 @@ def test_a_corpus_without_a_document(tmp_path):
     (tmp_path / "a.txt").write_text(" ")
     (tmp_path / "b.png").write_bytes(b"")
     message = refused(tmp_path).message
-    assert message == f"no document in {tmp_path / 'a.txt'}: 1 files read, 1 blank documents skipped, 1 files of other kinds ignored"
+    assert message == f"no document in {tmp_path}: 1 files read, 1 blank documents skipped, 1 files of other kinds ignored"
     (tmp_path / "empty").mkdir()
-    assert "no document in the given folders: 0 files read" in refused(tmp_path / "empty").message
+    assert f"no document in {tmp_path / 'empty'}: 0 files read" in refused(tmp_path / "empty").message
     assert "no document" in refused().message
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from dsv2.data.batch import IGNORE, collate
 from dsv2.data.loader import Loader, permute, sequential_batches
-from dsv2.data.packing import PackedRow
+from dsv2.data.packing import PackedRow, Rows
 from dsv2.errors import ConfigError
 
 
-class NumberedRows:
+class NumberedRows(Rows):
     """Rows whose tokens are their own number."""
 
     def __init__(self, length: int) -> None:
@@ -195,6 +195,15 @@ def test_collate_keeps_each_array_in_its_place():
 
 def test_num_labels():
     assert collate([NumberedRows(4).row(index) for index in range(4)]).num_labels == 8
+
+
+def test_a_batch_splits_into_smaller_ones():
+    whole = collate([NumberedRows(9).row(index) for index in range(5)])
+    pieces = whole.split(2)
+    assert [numbers(piece) for piece in pieces] == [[0, 1], [2, 3], [4]]
+    for name in ("tokens", "labels", "positions", "document_ids"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(whole, name))
+    assert whole.to(torch.device("meta")).labels.device.type == "meta"
 
 
 def test_sequential_batches_visit_every_row_in_order():

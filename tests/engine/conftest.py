@@ -26,9 +26,10 @@ def small_config(tokenizer: Tokenizer) -> Callable[..., ModelConfig]:
     def build(**overrides: object) -> ModelConfig:
         shape = {
             "vocab_size": tokenizer.vocab_size, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
-            "num_attention_heads": 3, "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "n_routed_experts": 8,
-            "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
-            "max_position_embeddings": 96, "initializer_range": 0.2, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+            "num_attention_heads": 3, "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+            "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1, "max_position_embeddings": 96, "initializer_range": 0.2, "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
         }  # fmt: skip
         return preset("nano", **(shape | overrides))
 

@@ -1,11 +1,11 @@
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsv2.engine.text import TextStream
-from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
-class Pieces:
+class Pieces(StreamDecoder):
     """A decoder whose ids are indices of given pieces of text."""
 
     def __init__(self, pieces: list[str], rest: str = "") -> None:
@@ -32,6 +32,8 @@ STOPS = st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3)
 
 
 @given(st.lists(st.text("ab.", max_size=4), max_size=8), SMALL_TEXT, STOPS)
+@example(["ab."], "", ["ab.", "b"])
+@example(["ab"], "", ["b", "ab"])
 def test_the_cut_does_not_depend_on_the_tokens_and_nothing_is_taken_back(pieces: list[str], rest: str, stops: list[str]) -> None:
     truth = cut("".join(pieces) + rest, stops)
     stream, shown = TextStream(Pieces(pieces, rest), stops), ""

@@ -198,23 +198,44 @@ def test_an_engine_is_refused_what_its_model_cannot_do(tokenizer: Tokenizer, rec
         Engine(model, tokenizer)
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone(tokenizer: Tokenizer, reciter: Any) -> None:
+def test_only_ids_that_have_a_token_are_taken(saying: Any, tokenizer: Tokenizer) -> None:
+    engine = saying("sea")
+    engine.add(Request("last", (tokenizer.num_tokens - 1,), GREEDY))
+    with pytest.raises(RequestError, match=f"id {tokenizer.num_tokens};"):
+        engine.add(Request("padding", (tokenizer.num_tokens,), GREEDY))
+
+
+@pytest.mark.parametrize("prompt_len", [3, 7], ids=["in decode", "in prefill"])
+def test_logits_that_are_no_numbers_end_their_request_alone(tokenizer: Tokenizer, reciter: Any, prompt_len: int) -> None:
     words = tokenizer.encode("the river runs to", add_bos=False)
-    engine = Engine(reciter([*words[:4], None, *words[4:], *words, *words], prompt_len=3), tokenizer)
+    engine = Engine(reciter([*words[:4], None, *words[4:], *words, *words], prompt_len=3), tokenizer)  # no numbers after 7 tokens
     engine.add(ask("well", prompt_len=9, max_tokens=6))
-    engine.add(ask("ill", prompt_len=3))
-    got: list[Output] = []
+    got = engine.step()
+    engine.add(ask("ill", prompt_len=prompt_len))
     with pytest.raises(CheckpointError, match="'ill'"):
         while True:
             got += engine.step()
     while engine.has_work:
         got += engine.step()
-    assert len([output for output in got if output.request_id == "ill"]) == 4
+    assert len([output for output in got if output.request_id == "ill"]) == 7 - prompt_len
     mine = [output for output in got if output.request_id == "well"]
     assert len(mine) == 6 and mine[-1].finish_reason == "length"
-    with pytest.raises(CheckpointError, match="'first'"):  # in a prefill
-        engine.generate([ask("fine", prompt_len=9, max_tokens=2), ask("first", prompt_len=7)])
+    with pytest.raises(CheckpointError, match="'ill'"):
+        engine.generate([ask("well", prompt_len=9, max_tokens=9), ask("ill", prompt_len=prompt_len)])
     assert not engine.has_work
+
+
+def test_a_dropped_request_spoils_no_later_one(model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, tokenizer, max_batch=2)
+    engine.add(ask("long", prompt_len=20, ignore_eos=True))
+    engine.add(ask("ill", prompt_len=10, ignore_eos=True))
+    engine.step()
+    engine._slab.entries[:, 1, 5] = float("nan")
+    with pytest.raises(CheckpointError, match="'ill'"):
+        engine.step()
+    engine.add(ask("next", prompt_len=2, max_tokens=3, ignore_eos=True))
+    got = [output for _ in range(4) for output in engine.step()]
+    assert [output.finish_reason for output in got if output.request_id == "next"] == [None, None, "length"]
 
 
 def test_an_engine_leaves_no_trace_in_the_model(model: Transformer, tokenizer: Tokenizer) -> None:

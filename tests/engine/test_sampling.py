@@ -92,14 +92,19 @@ def test_rounding_differences_that_swap_ranks_do_not_change_the_draw(params: Sam
         assert sample(rising[None], [params], [generator], num_tokens=64) == sample(falling[None], [params], [other], num_tokens=64)
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-20, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-20, 1e-3])
 def test_a_tiny_temperature_takes_the_best(temperature: float) -> None:
     assert draw(torch.tensor([3.0, 80.0, 79.0]), SamplingParams(temperature=temperature, seed=0)) == 1
 
 
-def test_the_largest_uniform_number_still_finds_a_token_with_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler.torch, "rand", lambda *_, **__: torch.tensor(1 - 2**-53, dtype=torch.float64))
-    assert draw(torch.tensor([0.0, 1e-8, -1000.0, -1000.0]), SamplingParams(seed=0)) == 1
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 2**-53, 3)])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_the_ends_of_the_uniform_number_find_a_token_with_weight(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int, top_k: int
+) -> None:
+    monkeypatch.setattr(sampler.torch, "rand", lambda *_, **__: torch.tensor(uniform, dtype=torch.float64))
+    logits = torch.tensor([-1000.0, 0.0, -1000.0, -35.0, -1000.0])
+    assert draw(logits, SamplingParams(seed=0, top_k=top_k)) == token
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -111,14 +111,18 @@ def test_a_piped_chat_answers_line_by_line(reciting: Any, type_in: Any, tokenize
 def test_a_full_context_leaves_the_oldest_turns_out_and_says_so(
     reciting: Any, type_in: Any, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    requests = reciting("the sea", max_len=64)
-    too_long = "x" * 80
+    requests = reciting("the sea", max_len=36)
+    too_long = "x" * 50
     type_in("\n".join(["the river runs " * 2, "the book says", too_long, "the boats run from the hills", "the old book"]).encode())
     terminal.chat("anywhere", system="and", max_tokens=30)
     captured = capsys.readouterr()
     assert captured.out == "the sea\n" * 4
-    assert "left out" in captured.err and "context holds 64" in captured.err
-    assert all(len(request.tokens) + request.params.max_tokens <= 64 for request in requests)
+    assert "left out" in captured.err and "context holds 36" in captured.err
+    assert all(len(request.tokens) + request.params.max_tokens <= 36 for request in requests)
+    user, assistant = (next(id for name, id in tokenizer.special_ids.items() if role in name) for role in ("User", "Assistant"))
+    for request in requests:  # whole exchanges are left out
+        roles = [token for token in request.tokens if token in (user, assistant)]
+        assert roles == [user, assistant] * (len(roles) // 2)
     last = tokenizer.decode(requests[-1].tokens)
     assert last.startswith("and") and last.endswith("the old book") and "the river runs" not in last and too_long not in last
 

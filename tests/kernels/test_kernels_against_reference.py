@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import training
 
-from dsv2.kernels import cross_entropy, grouped_swiglu, linear_cross_entropy, reference
+from dsv2.kernels import attention, cross_entropy, grouped_swiglu, linear_cross_entropy, reference
 from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
 
 
@@ -42,6 +42,27 @@ def test_rows_travel_and_come_back(tokens, copies, seed):
     assert torch.equal(permute_rows(permute_rows(sent, inverse, order), order, inverse), sent)
     assert torch.autograd.gradcheck(lambda t: sum_copies(repeat_rows(t, order, inverse, copies).sin(), order, inverse, copies), x)
     assert torch.autograd.gradcheck(lambda t: permute_rows(t, order, inverse).sin(), randn(tokens * copies, 2))
+
+
+@settings(deadline=None, max_examples=20)
+@given(batch=st.integers(1, 2), tokens=st.integers(1, 6), heads=st.integers(1, 3), key=st.integers(1, 5), value=st.integers(1, 7))
+def test_plain_attention_is_the_fused_one(batch, tokens, heads, key, value):
+    """Both against softmax over the visible keys, written out; the plain one otherwise runs in bf16 only."""
+    q, k = randn(batch, tokens, heads, key), randn(batch, tokens, heads, key, seed=1)
+    v = randn(batch, tokens, heads, value, seed=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * 0.7
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    expected = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~causal, float("-inf")).softmax(dim=-1), v)
+    mix = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * mix).sum(), (q, k, v))
+    for ours in (
+        attention.attend(q, k, v, scale=0.7),
+        attention.attend(q, k, v, scale=0.7, visible=causal.expand(batch, -1, -1)),
+        attention._plain_causal(q, k, v, 0.7),
+    ):
+        assert torch.allclose(ours, expected, atol=1e-12)
+        for ours_grad, expected_grad in zip(torch.autograd.grad((ours * mix).sum(), (q, k, v)), expected_grads, strict=True):
+            assert torch.allclose(ours_grad, expected_grad, atol=1e-11)
 
 
 @pytest.mark.parametrize("piece_elements", [1, 20, 1 << 22])

@@ -45,6 +45,11 @@ def test_config_saved_by_transformers_is_read(tmp_path):
     assert ModelConfig.from_dict(saved) == ModelConfig.from_dict(V2)
 
 
+def test_null_groups_mean_one_group():
+    """What transformers writes for a model without device-limited routing."""
+    assert ModelConfig.from_dict({**LITE, "n_group": None, "topk_group": None}) == ModelConfig.from_dict(LITE)
+
+
 REFUSED = {
     "scoring_func": "sigmoid",
     "hidden_act": "gelu",

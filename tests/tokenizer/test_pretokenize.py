@@ -54,6 +54,8 @@ def test_base_alphabet_leaves_out_the_bytes_that_utf8_never_uses() -> None:
         ("\u4e2d \u4e2d\u6587abc", ["\u4e2d", " ", "\u4e2d\u6587", "abc"]),
         ("end  ", ["end", "  "]),
         ("a   b", ["a", "  ", " b"]),
+        ("\u05d0  ", ["\u05d0", "  "]),  # Hebrew is matched by no step, a trailing blank is
+        ("\u05d0\u4e2d\u05d0", ["\u05d0", "\u4e2d", "\u05d0"]),
         ("don't", ["don", "'", "t"]),
         ("\u00bd\u0661", ["\u00bd", "\u0661"]),
     ],

@@ -78,7 +78,11 @@ def test_auto_tokenizer_saves_what_we_load(tokenizer: Tokenizer, auto: AutoToken
 def test_padded_vocabulary_comes_from_argument_model_or_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).vocab_size == 1024
-    assert Tokenizer.load(tmp_path, vocab_size=2048).vocab_size == 2048
+    wide = Tokenizer.load(tmp_path, vocab_size=2048)
+    assert (wide.vocab_size, wide.num_tokens) == (2048, 1024)
+    wide.save(tmp_path / "wide")
+    assert Tokenizer.load(tmp_path / "wide").vocab_size == 2048
+    assert AutoTokenizer.from_pretrained(tmp_path / "wide")("abc").input_ids == tokenizer.encode("abc")
     (tmp_path / "config.json").write_text('{"vocab_size": 1280}')
     assert Tokenizer.load(tmp_path).vocab_size == 1280
     (tmp_path / "tokenizer_config.json").unlink()

@@ -28,7 +28,7 @@ Layout = Literal["text", "jsonl", "parquet", "unknown"]
 READABLE = ".txt, .md, .jsonl (each also with .gz or .zst) and .parquet"
 REPLACEMENT = "\ufffd"
 SURROGATES = re.compile("[\ud800-\udfff]")
-REPLACE_HINT = 'convert it to UTF-8, or let what is invalid be replaced and counted with invalid_utf8 = "replace"'
+REPLACE_HINT = "convert it to UTF-8, or let what is invalid be replaced and counted: --invalid-utf8 replace"
 # All control characters but those that text uses: backspace, tab, line feed, vertical tab, form feed, carriage return, escape.
 CONTROLS = bytes(byte for byte in (*range(32), 127) if byte not in b"\b\t\n\v\f\r\x1b")
 MAX_JUNK_SHARE = 0.3
@@ -83,13 +83,14 @@ class DocumentStream(Iterator[Document]):
         bytes_read: how much of it has been read, for a progress bar.
     """
 
-    def __init__(self, files: Sequence[SourceFile], *, invalid_utf8: InvalidUtf8, ignored_files: int) -> None:
+    def __init__(self, files: Sequence[SourceFile], *, given: Sequence[str], invalid_utf8: InvalidUtf8, ignored_files: int) -> None:
         self.replaced: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.ignored_files = ignored_files
         self.total_bytes = None if any(file.path is None for file in files) else sum(file.num_bytes for file in files)
         self.bytes_read = 0
         self._files = files
+        self._given = given  # by the caller, for messages
         self._invalid_utf8 = invalid_utf8
         self._documents = self._read_all()
 
@@ -106,9 +107,9 @@ class DocumentStream(Iterator[Document]):
             before += file.num_bytes
             self.bytes_read = before
         if empty:
-            names = ", ".join(map(str, self._files[:5])) or "the given folders"
             raise DataError(
-                f"no document in {names}: {len(self._files)} files read, {self.skipped.total()} blank documents skipped, "
+                f"no document in {', '.join(self._given[:5]) or 'no file'}: "
+                f"{len(self._files)} files read, {self.skipped.total()} blank documents skipped, "
                 f"{self.ignored_files} files of other kinds ignored",
                 hint=f"give at least one file with text; readable are {READABLE}",
             )
@@ -244,7 +245,8 @@ def read_documents(paths: Sequence[str | Path], *, domain: str | None = None, in
         raise ConfigError(f'invalid_utf8 = {invalid_utf8!r}; it can be "error" or "replace"')
     files: list[SourceFile] = []
     ignored = 0
-    for path in map(str, paths):
+    given = [str(path) for path in paths]
+    for path in given:
         if path == "-":
             files.append(SourceFile(None, domain or "stdin", "unknown"))
         elif os.path.isdir(path):
@@ -253,7 +255,7 @@ def read_documents(paths: Sequence[str | Path], *, domain: str | None = None, in
             ignored += others
         else:
             files.append(_single_file(Path(path), domain))
-    return DocumentStream(files, invalid_utf8=invalid_utf8, ignored_files=ignored)
+    return DocumentStream(files, given=given, invalid_utf8=invalid_utf8, ignored_files=ignored)
 
 
 def _single_file(path: Path, domain: str | None) -> SourceFile:

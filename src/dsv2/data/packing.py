@@ -76,8 +76,8 @@ class Rows:
         # One place more than the row has: the label of its last token.
         tokens, starts = self._read(index * length, length + 1)
         places = np.arange(length)
-        next_is_padding = places + 1 >= self._bounds[-1] - index * length
-        labels = np.where(starts[1:] | next_is_padding, IGNORE, tokens[1:])
+        is_padding = places >= self._bounds[-1] - index * length
+        labels = np.where(starts[1:] | is_padding, IGNORE, tokens[1:])
         starts[0] = True
         return PackedRow(
             tokens=tokens[:length],

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dsv2.data.documents import Document, DocumentStream, InvalidUtf8, read_documents
 from dsv2.data.shards import SHARD_TOKENS, ShardWriter, refuse_foreign_files
@@ -18,6 +18,7 @@ BATCH_CHARACTERS = 1 << 20  # encoded at once, in the library's threads; some 10
 SAMPLE_CHARACTERS = 1 << 20  # of each domain, kept while a tokenizer is trained, to measure it
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """The part of a :class:`~dsv2.tokenizer.tokenizer.Tokenizer` that writing shards needs."""
 

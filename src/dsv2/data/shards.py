@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt
@@ -94,7 +94,7 @@ class TokenShards:
         self._shards = tuple(shards)
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> Self:
+    def open(cls, folder: str | Path, *, verify: bool = True) -> "TokenShards":
         """Open a folder that ``dsv2 prepare`` wrote.
 
         Sizes are always checked. A file that is cut off later, while it is mapped, ends the process (SIGBUS).
@@ -194,7 +194,7 @@ class ShardWriter:
         self._numbers: Counter[str] = Counter()
         self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ShardWriter":
         refuse_foreign_files(self.folder, (MANIFEST, "*.bin", "*.idx"))
         self._temporary = self._stack.enter_context(atomic_folder(self.folder))
         return self

@@ -90,11 +90,9 @@ def _draw(logits: Float[Tensor, " vocab"], params: SamplingParams, generator: to
         ids, order = ids.sort()  # back to id order: near-equal logits may swap ranks between batches
         weights = weights[order]
     cumulative = weights.cumsum(0, dtype=torch.float64)
-    total = cumulative[-1].item()
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
-    # The product may round up to the total itself, beyond every token; right=True passes over ids without weight.
-    target = min(uniform * total, math.nextafter(total, 0.0))
-    chosen = int(torch.searchsorted(cumulative, target, right=True))
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()  # at most 1 - 2^-53: times the total stays below it
+    # right=True: the first id whose cumulative weight exceeds the target, so ids without weight are passed over.
+    chosen = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return chosen if ids is None else int(ids[chosen])
 
 

@@ -100,7 +100,8 @@ def chat(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
     engine = open_engine(path)
     conversation = Conversation(engine, params, system=system, template=template)
-    _say("/help lists what you can type")
+    if sys.stdin.isatty():
+        _say("/help lists what you can type")
     for line in _lines():
         command = line.strip()
         if command == "/exit":

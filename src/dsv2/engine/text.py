@@ -1,19 +1,8 @@
 """Tokens to text that may be shown: whole characters, and nothing of a stop string. No torch."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class Decoder(Protocol):
-    """``tokenizer.StreamDecoder``: ids to text, whole characters only."""
-
-    def push(self, token_id: int) -> str:
-        """Return the characters that this id completes."""
-        ...
-
-    def finish(self) -> str:
-        """Return what is left of an unfinished character."""
-        ...
+from dsv2.tokenizer.tokenizer import StreamDecoder
 
 
 class TextStream:
@@ -28,7 +17,7 @@ class TextStream:
         stop: strings that end it.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
         self._decoder = decoder
         self._stop = stop
         self._held = ""

@@ -1,7 +1,6 @@
 """One signature per operation that is worth a special implementation, and which implementation runs.
 
-``reference`` defines each operation in plain torch; the others are compared with it. In fp64 the expert products have no fast path worth keeping,
-but the same code serves, so there is no branch on dtype: what runs is what is tested.
+``reference`` defines each operation in plain torch; the others are compared with it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv2.kernels.cross_entropy import LinearCrossEntropy
-from dsv2.kernels.grouped import GroupedSwiGLU
+from dsv2.kernels.grouped import GroupedSwiGLU, compute_dtype
+
+_BF16_TILE = 64
 
 
 def grouped_swiglu(
@@ -37,6 +38,15 @@ def grouped_swiglu(
     return out
 
 
+def row_tile(rows: Float[Tensor, "rows hidden"]) -> int:
+    """Return the multiple to which ``grouped_swiglu`` likes each expert's rows rounded up, for these inputs; 1: any number.
+
+    On a CPU, bf16 products are compiled for their exact shape on first use. Experts' rows vary with every batch, so without rounding
+    most of the time would go into compiling. A handful of rows (decoding) is left alone.
+    """
+    return _BF16_TILE if compute_dtype(rows) == torch.bfloat16 and rows.device.type == "cpu" and len(rows) > _BF16_TILE else 1
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"], labels: Int[Tensor, " tokens"], ignore: int
 ) -> Float[Tensor, ""]:
@@ -44,7 +54,5 @@ def linear_cross_entropy(
 
     Rows whose label is ``ignore`` count nothing. Softmax and sum are fp32 or better; the product follows autocast.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, ignore, dtype)
+    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, ignore, compute_dtype(hidden))
     return out

@@ -1,7 +1,7 @@
 """All routed experts of a layer on their rows, forward and backward written out.
 
-One matrix product per expert writes straight into its slice of one buffer; what lies between the products runs once over all rows. The backward
-recomputes the activation from the saved pre-activation instead of keeping it.
+One matrix product per expert writes straight into its slice of one buffer; what lies between the products runs once over all rows.
+The backward recomputes the activation from the saved pre-activation instead of keeping it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ def _swiglu(pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return activated, up, activated * up
 
 
-def _compute_dtype(rows: Tensor) -> torch.dtype:
+def compute_dtype(rows: Tensor) -> torch.dtype:
     """Return autocast's dtype where it is on: matrix products written with ``out=`` do not follow it by themselves."""
     kind = rows.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
@@ -39,7 +39,8 @@ class GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
-        dtype = _compute_dtype(rows)
+        """Run the experts; only the pre-activation is kept."""
+        dtype = compute_dtype(rows)
         ctx.row_dtype = rows.dtype
         rows, gate_up, down = rows.to(dtype), gate_up.to(dtype), down.to(dtype)
         pre = rows.new_empty(len(rows), gate_up.shape[1])
@@ -55,6 +56,7 @@ class GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+        """Return the gradients of rows, both stacks and the weights."""
         rows, gate_up, down, weights, pre = ctx.saved_tensors
         grad_out = grad_out.to(rows.dtype).contiguous()
         activated, up, product = _swiglu(pre)

@@ -7,6 +7,7 @@ bit with any number of threads.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class _SumCopies(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(order, inverse)
         ctx.copies = copies
-        return rows.index_select(0, inverse).unflatten(0, (-1, copies)).sum(1)
+        return F.embedding_bag(inverse.view(-1, copies), rows, mode="sum")  # gathers and adds in one pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -7,10 +7,10 @@ Absorbed (MQA): W^UK moves to the query and W^UV behind the weighted sum, so a s
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dsv2.kernels.attention import attend
 from dsv2.kernels.permute import permute_rows
 from dsv2.model.cache import LatentCache
 from dsv2.model.config import ModelConfig
@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
     ) -> Float[Tensor, "batch new heads value"]:
         """Rebuild k^C and v^C from the latents and attend per head (eq 10, 11, 18); ``visible`` None: causal."""
         q, k, v = self._expand(q_nope, q_rope, kv_latent, k_rope)
-        return self._sdpa(q, k, v, visible)
+        return attend(q, k, v, scale=self.scale, visible=visible)
 
     def attend_absorbed(
         self,
@@ -128,29 +128,19 @@ class LatentAttention(nn.Module):
         shared_rope = k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)  # one rotary key for all heads
         return torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, shared_rope), dim=-1), v
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """Softmax attention on [batch, tokens, heads, width]; values are zero-padded to the key width, which fused kernels ask for."""
-        padding = q.shape[-1] - v.shape[-1]
-        if padding > 0:
-            v = F.pad(v, (0, padding))
-        mask = None if visible is None else visible.unsqueeze(1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=visible is None, scale=self.scale
-        )
-        return out.transpose(1, 2)[..., : self.value_dim]
-
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, kv_latent: Tensor, k_rope: Tensor, segments: Segments | None
     ) -> Float[Tensor, "batch new heads value"]:
         """Causal attention within each document of a packed batch: one call per document length."""
         q, k, v = self._expand(q_nope, q_rope, kv_latent, k_rope)
         if segments is None or segments.order is None or segments.inverse is None:
-            return self._sdpa(q, k, v, None)
+            return attend(q, k, v, scale=self.scale)
         batch, tokens = q.shape[:2]
         sizes = [count * length for count, length in segments.groups]
         q, k, v = (permute_rows(t.flatten(0, 1), segments.order, segments.inverse) for t in (q, k, v))
         pieces = [
-            self._sdpa(*(t.unflatten(0, group) for t in qkv), visible=None).flatten(0, 1)
+            attend(*(t.unflatten(0, group) for t in qkv), scale=self.scale).flatten(0, 1)
             for group, *qkv in zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         ]
-        return permute_rows(torch.cat(pieces), segments.inverse, segments.order).unflatten(0, (batch, tokens))
+        out: Tensor = permute_rows(torch.cat(pieces), segments.inverse, segments.order).unflatten(0, (batch, tokens))
+        return out

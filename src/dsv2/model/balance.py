@@ -1,7 +1,7 @@
 """The three balance losses, per sequence (section 2.2.3, eq 23-31; spec 3.3), without their weights: those are the recipe's.
 
-Each is a sum of products f * P: f counts assignments and is a constant for the gradient, P is a mean affinity and carries it. Perfect balance
-gives 1, so a value says how far routing is from it. Sequences are averaged; layers are summed by the caller (spec 10.9).
+Each is a sum of products f * P: f counts assignments and is a constant for the gradient, P is a mean affinity and carries it. Perfect
+balance gives 1, so a value says how far routing is from it. Sequences are averaged; layers are summed by the caller (spec 10.9).
 """
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 
 def expert_balance_loss(affinity: Float[Tensor, "batch tokens experts"], experts: Int[Tensor, "batch tokens chosen"]) -> Float[Tensor, ""]:
     """Return sum_i f_i P_i (eq 23-25): keeps the load of single experts even."""
-    return (_relative_load(affinity, experts) * affinity.mean(dim=1)).sum(dim=-1).mean()
+    loss: Tensor = (_relative_load(affinity, experts) * affinity.mean(dim=1)).sum(dim=-1).mean()
+    return loss
 
 
 def device_balance_loss(
     affinity: Float[Tensor, "batch tokens experts"], experts: Int[Tensor, "batch tokens chosen"], n_group: int
 ) -> Float[Tensor, ""]:
     """Return sum_d f'_d P'_d (eq 26-28): keeps the load of devices even; f' is a mean over a group's experts, P' a sum."""
-    load = _relative_load(affinity, experts).unflatten(-1, (n_group, -1)).mean(dim=-1)
+    load: Tensor = _relative_load(affinity, experts).unflatten(-1, (n_group, -1)).mean(dim=-1)
     return (load * _group_affinity(affinity, n_group)).sum(dim=-1).mean()
 
 
@@ -37,8 +38,10 @@ def _relative_load(affinity: Tensor, experts: Tensor) -> Float[Tensor, "batch ex
     num_experts, assignments = affinity.shape[-1], experts[0].numel()
     counts = torch.zeros(len(affinity), num_experts, dtype=affinity.dtype, device=affinity.device)
     counts.scatter_add_(1, experts.flatten(1), torch.ones_like(experts, dtype=affinity.dtype).flatten(1))
-    return counts * (num_experts / assignments)
+    load: Tensor = counts * (num_experts / assignments)
+    return load
 
 
 def _group_affinity(affinity: Tensor, n_group: int) -> Float[Tensor, "batch groups"]:
-    return affinity.mean(dim=1).unflatten(-1, (n_group, -1)).sum(dim=-1)
+    by_group: Tensor = affinity.mean(dim=1).unflatten(-1, (n_group, -1))
+    return by_group.sum(dim=-1)

@@ -4,13 +4,12 @@ Every field of a config.json is honoured or refused: a value that this package w
 as something else than its file says. Works without torch.
 """
 
-import difflib
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dsv2.errors import ConfigError
+from dsv2.errors import ConfigError, did_you_mean
 
 # Fields of config.json that say nothing about the function computed: written for other tools, read and dropped.
 _DESCRIPTIVE = {
@@ -79,7 +78,7 @@ class ModelConfig(BaseModel):
     pad_token_id: int | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "ModelConfig":
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: it holds pairs that rotate")
         if self.n_routed_experts is not None:
@@ -98,7 +97,7 @@ class ModelConfig(BaseModel):
             raise ValueError(f"topk_group = {reachable} exceeds n_group = {groups}")
         if self.num_experts_per_tok > n_routed_experts // groups * reachable:
             raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} exceeds the {n_routed_experts // groups * reachable} experts a token can reach"
+                f"num_experts_per_tok = {self.num_experts_per_tok} exceeds the experts a token can reach:"
                 f" ({reachable} of {groups} groups of {n_routed_experts // groups})"
             )
 
@@ -127,7 +126,7 @@ class ModelConfig(BaseModel):
     @property
     def softmax_scale(self) -> float:
         """1/sqrt(d_h + d_h^R), times the square of YaRN's m(mscale_all_dim) (spec 5.2): it scales all dimensions, also the unrotated."""
-        scale = self.qk_head_dim**-0.5
+        scale: float = self.qk_head_dim**-0.5
         if self.rope_scaling is not None:
             scale *= yarn_mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
@@ -220,7 +219,7 @@ def _validated(cls: type[ModelConfig], fields: dict[str, Any], source: str) -> M
         name = ".".join(str(part) for part in error["loc"])
         if error["type"] == "extra_forbidden":
             known = YarnScaling.model_fields if len(error["loc"]) > 1 else cls.model_fields
-            near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
-            raise ConfigError(f"{source}: unknown field {name!r} = {error['input']!r}", hint=f"did you mean {near[0]!r}?") from None
+            hint = did_you_mean(str(error["loc"][-1]), known)
+            raise ConfigError(f"{source}: unknown field {name!r} = {error['input']!r}", hint=hint) from None
         reason = error["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{source}: {name + ' = ' + repr(error['input']) + ': ' if name else ''}{reason}") from None

@@ -1,7 +1,7 @@
 """The routed experts of a layer, and the seam through which their tokens travel.
 
-The layer always does the same three things: dispatch token rows to experts, compute, combine. The default dispatch is local; expert parallelism
-puts an all-to-all in its place without the layer noticing.
+The layer always does the same three things: dispatch token rows to experts, compute, combine. The default dispatch is local; expert
+parallelism puts an all-to-all in its place without the layer noticing.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv2.kernels import grouped_swiglu
+from dsv2.kernels import grouped_swiglu, row_tile
 from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
 from dsv2.model.config import ModelConfig
 
@@ -20,19 +20,21 @@ from dsv2.model.config import ModelConfig
 class Dispatched:
     """Token rows at the experts that this process holds, sorted by expert.
 
+    Every expert's rows may be followed by rows that fill up a tile: copies of some token with gate 0, which add nothing anywhere.
+
     Args:
-        rows: [M, D] one row per (token, expert) assignment.
+        rows: [M, D] one row per (token, expert) assignment, plus fillers.
         gates: [M] fp32 weight of each row's result.
-        counts: rows of each expert; sums to M.
+        counts: rows of each expert, fillers included; sums to M.
         order: [M] for each row, its flat (token, choice) index.
-        inverse: [M] the permutation back.
+        inverse: [N * K] for each flat (token, choice) index, its row.
         copies: K, assignments per token.
     """
 
-    rows: Float[Tensor, "assignments hidden"]
-    gates: Float[Tensor, " assignments"]
+    rows: Float[Tensor, "rows hidden"]
+    gates: Float[Tensor, " rows"]
     counts: list[int]
-    order: Int[Tensor, " assignments"]
+    order: Int[Tensor, " rows"]
     inverse: Int[Tensor, " assignments"]
     copies: int
 
@@ -50,7 +52,7 @@ class Dispatch(Protocol):
         """Send each token's row to its chosen experts."""
         ...
 
-    def combine(self, rows: Float[Tensor, "assignments hidden"], sent: Dispatched) -> Float[Tensor, "tokens hidden"]:
+    def combine(self, rows: Float[Tensor, "rows hidden"], sent: Dispatched) -> Float[Tensor, "tokens hidden"]:
         """Bring the weighted results back and sum them per token."""
         ...
 
@@ -66,17 +68,44 @@ class LocalDispatch:
         num_experts: int,
     ) -> Dispatched:
         """Copy each token's row once per chosen expert, sorted by expert (stable, so tokens keep their order within an expert)."""
-        copies = experts.shape[1]
-        flat = experts.flatten()
-        order = torch.argsort(flat, stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
-        sorted_gates = permute_rows(gates.flatten(), order, inverse)
-        return Dispatched(repeat_rows(x, order, inverse, copies), sorted_gates, counts, order, inverse, copies)
+        copies, flat = experts.shape[1], experts.flatten()
+        order, inverse, counts = sort_by_expert(flat, num_experts, row_tile(x))
+        rows, flat_gates = repeat_rows(x, order, inverse, copies), gates.flatten()
+        if len(order) == len(inverse):
+            return Dispatched(rows, permute_rows(flat_gates, order, inverse), counts, order, inverse, copies)
+        real = flat_gates.new_zeros(len(order)).scatter_(0, inverse, 1.0)
+        return Dispatched(rows, flat_gates.index_select(0, order) * real, counts, order, inverse, copies)
 
-    def combine(self, rows: Float[Tensor, "assignments hidden"], sent: Dispatched) -> Float[Tensor, "tokens hidden"]:
+    def combine(self, rows: Float[Tensor, "rows hidden"], sent: Dispatched) -> Float[Tensor, "tokens hidden"]:
         """Sum each token's rows."""
         return sum_copies(rows, sent.order, sent.inverse, sent.copies)
+
+
+def sort_by_expert(
+    flat: Int[Tensor, " assignments"], num_experts: int, tile: int
+) -> tuple[Int[Tensor, " rows"], Int[Tensor, " assignments"], list[int]]:
+    """Lay out assignments by expert, each expert's rows rounded up to whole tiles.
+
+    Args:
+        flat: expert of each flat (token, choice) index.
+        num_experts: E.
+        tile: rows per tile.
+
+    Returns:
+        order: for each row its assignment; fillers point at assignment 0.
+        inverse: for each assignment its row.
+        counts: rows of each expert, fillers included.
+    """
+    by_expert = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    if tile == 1:
+        return by_expert, torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(flat), device=flat.device)), counts.tolist()
+    tiled = (counts + tile - 1) // tile * tile
+    shift = (tiled.cumsum(0) - tiled) - (counts.cumsum(0) - counts)  # how far fillers push each expert's first row
+    row = torch.arange(len(flat), device=flat.device) + shift.index_select(0, flat.index_select(0, by_expert))
+    tiled_counts: list[int] = tiled.tolist()
+    order = by_expert.new_zeros(sum(tiled_counts)).scatter_(0, row, by_expert)
+    return order, torch.empty_like(by_expert).scatter_(0, by_expert, row), tiled_counts
 
 
 class RoutedExperts(nn.Module):

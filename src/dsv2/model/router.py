@@ -71,8 +71,8 @@ def route(logits: Float[Tensor, "tokens experts"], config: ModelConfig) -> Routi
         config: ``topk_method``, ``num_experts_per_tok``, groups and gate scaling.
 
     Returns:
-        The routing. Gates are the softmax over *all* experts at the chosen ones: not renormalised unless ``norm_topk_prob``. Equal affinities
-        go to the lower index.
+        The routing. Gates are the softmax over *all* experts at the chosen ones: not renormalised unless ``norm_topk_prob``. Equal
+        affinities go to the lower index.
     """
     assert config.num_experts_per_tok is not None
     affinity = logits.softmax(dim=-1)

@@ -1,7 +1,8 @@
 """Steps, validation, checkpoints, metrics; stop anywhere and resume exactly.
 
-What a stage adds is its data, its recipe and its callables; the loop knows no stage. State between two steps is weights, moments and one integer of
-consumed samples, all in the newest step folder. Metrics written after it are cut away on resume, and written again, equal but for the times.
+What a stage adds is its data, its recipe and its callables; the loop knows no stage. State between two steps is weights, moments and
+one integer of consumed samples, all in the newest step folder. Metrics written after it are cut away on resume, and written again,
+equal but for the times.
 """
 
 import time

@@ -15,9 +15,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class AdamWSection(Section):
     """AdamW and the gradient clip."""
 
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices; norm gains have none")
     clip_norm: float = Field(default=1.0, gt=0, description="largest global gradient norm")
 

@@ -30,5 +30,5 @@ def make_deterministic(threads: int | None = None) -> int:
             raise ConfigError(f"threads = {threads} must be at least 1")
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would write every buffer twice
+    torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice
     return torch.get_num_threads()

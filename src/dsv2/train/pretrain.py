@@ -199,12 +199,10 @@ def _validator(corpus: Corpus, recipe: PretrainRecipe, plan: LoopPlan) -> Callab
 
 def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, plan: LoopPlan, done: int) -> None:
     counts, steps = count_parameters(config), plan.steps()
-    epochs = recipe.run.tokens / corpus.train.num_tokens()
+    epochs, rate = recipe.run.tokens / corpus.train.num_tokens(), recipe.learning_rate
+    experts = f"{config.n_routed_experts or 0} routed experts top {config.num_experts_per_tok or 0}"
     rows = [
-        (
-            "model",
-            f"{config.num_hidden_layers} layers, d {config.hidden_size}, {config.n_routed_experts or 0} routed experts top {config.num_experts_per_tok or 0}",
-        ),
+        ("model", f"{config.num_hidden_layers} layers, d {config.hidden_size}, {experts}"),
         ("parameters", f"{counts.total:,} total, {counts.activated_without_embedding:,} activated per token (input embedding not counted)"),
         ("latent cache", f"{cache_elements_per_token(config):,} numbers per token"),
         ("data", f"{corpus.train.num_tokens():,} tokens in {', '.join(corpus.train.domains)}; {epochs:.2f} epochs"),
@@ -214,7 +212,7 @@ def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, pla
         ),
         (
             "learning rate",
-            f"{recipe.learning_rate.peak:g} after {recipe.learning_rate.warmup_steps} steps, x{recipe.learning_rate.decay_factor:g} at {list(recipe.learning_rate.decay_points)} of the tokens",
+            f"{rate.peak:g} after {rate.warmup_steps} steps, x{rate.decay_factor:g} at {list(rate.decay_points)} of the tokens",
         ),
         ("precision", f"{recipe.run.precision}, {torch.get_num_threads()} threads"),
     ]

@@ -41,7 +41,7 @@ def learning_rate(schedule: LearningRate, *, step: int, tokens: int, total_token
 
 
 def batch_size(batch: BatchSize, tokens: int) -> int:
-    """Return the sequences of the step that starts after ``tokens`` tokens: linear from initial to final, rounded to whole micro-batches."""
+    """Return the sequences of the step that starts after ``tokens`` tokens: linear, rounded to whole micro-batches."""
     start = batch.initial_sequences if batch.initial_sequences is not None else batch.sequences
     share = min(1.0, tokens / batch.ramp_tokens) if batch.ramp_tokens else 1.0
     wanted = start + (batch.sequences - start) * share

@@ -1,0 +1,346 @@
+"""The whole river on the text that ships with dsv2: text to tokenizer to shards to a model to samples to a report.
+
+    DIR/tour.json        the plan (size, seed, threads) and what each finished leg reported
+    DIR/data/            tokenizer/, train/, validation/
+    DIR/pretrain/        the run: recipe.toml, metrics.jsonl, step-N/
+    DIR/validation.json  bits per byte of the model and of an interpolated bigram
+    DIR/samples.json     what the model writes
+    DIR/report.html      all of it to look at
+
+A leg is one entry in ``LEGS``. It writes whole files or resumes by itself, so a tour that was killed anywhere goes on where it
+stopped and ends with the same weights.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv2.assets import corpus_path
+from dsv2.checkpoint.layout import latest_checkpoint, load_model
+from dsv2.config import load_recipe
+from dsv2.data.documents import read_documents
+from dsv2.data.prepare import prepare
+from dsv2.data.shards import TokenShards
+from dsv2.engine.engine import Engine
+from dsv2.engine.request import Request, SamplingParams
+from dsv2.errors import ConfigError, did_you_mean
+from dsv2.files import atomic_write_json
+from dsv2.model.transformer import Transformer
+from dsv2.progress import console, read_metrics, table
+from dsv2.report import Leg as ReportLeg
+from dsv2.report import write_tour_report
+from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.bigram import InterpolatedBigram, bits_per_byte
+from dsv2.train.loop import Sample
+from dsv2.train.precision import make_deterministic
+from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+from dsv2.train.validation import validate
+
+Figures = dict[str, str]  # what a leg reports, for people
+
+VERSION = 1
+SPLITS = ("train", "validation")
+PROMPTS = (
+    ("en", "It was a"),
+    ("en", "\u201cMy dear Mr. "),
+    ("zh", "\u7b2c\u4e00\u6761"),
+    ("code", "def "),
+    ("math", "\\begin{defn}"),
+)
+ENGLISH_SAMPLES, SAMPLE_TOKENS, TEMPERATURE, TOP_P = 8, 96, 0.7, 0.95
+_WORD = re.compile(r"[A-Za-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A named size of the tour: fixed step counts, never timed.
+
+    Args:
+        recipe: of pre-training, a shipped name.
+        vocab_size: of the tokenizer.
+        summary: for people.
+    """
+
+    recipe: str
+    vocab_size: int
+    summary: str
+
+
+SIZES = {
+    "smoke": Size("tour-smoke", 1024, "a few steps of a minute model: does everything work?"),
+    "standard": Size("tour", 4096, "a model that writes English words, in under five minutes on two cores"),
+    "long": Size("tour-long", 4096, "the same model trained four times as long"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tour:
+    """Where a tour lies and what it was planned to be."""
+
+    out: Path
+    size: Size
+    seed: int
+
+    @property
+    def data(self) -> Path:
+        """Folder of tokenizer and shards."""
+        return self.out / "data"
+
+    @property
+    def run(self) -> Path:
+        """Folder of the pre-training run."""
+        return self.out / "pretrain"
+
+    def recipe(self) -> PretrainRecipe:
+        """Return the recipe of pre-training with the tour's seed."""
+        return load_recipe(self.size.recipe, PretrainRecipe, folder="pretrain", overrides=[f"run.seed={self.seed}"])
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tour's tokenizer."""
+        return Tokenizer.load(self.data / "tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One stretch of the river: a name, what it does, and the function that does it and reports figures."""
+
+    name: str
+    summary: str
+    run: Callable[[Tour], Figures]
+
+
+def text_leg(tour: Tour) -> Figures:
+    """Count the corpus."""
+    del tour
+    counts: dict[str, list[int]] = {}
+    for document in read_documents([corpus_path("train")]):
+        entry = counts.setdefault(document.domain, [0, 0])
+        entry[0] += 1
+        entry[1] += len(document.text.encode())
+    return {domain: f"{documents} documents, {size / 1e6:.2f} MB" for domain, (documents, size) in sorted(counts.items())}
+
+
+def tokenizer_leg(tour: Tour) -> Figures:
+    """Train the byte-level BPE."""
+    tokenizer = train_tokenizer((document.text for document in read_documents([corpus_path("train")])), vocab_size=tour.size.vocab_size)
+    tokenizer.save(tour.data / "tokenizer")
+    return {"vocabulary": f"{tokenizer.num_tokens:,} tokens, padded to {tokenizer.vocab_size:,}"}
+
+
+def shards_leg(tour: Tour) -> Figures:
+    """Encode both splits."""
+    figures = {}
+    for split in SPLITS:
+        report = prepare(read_documents([corpus_path(split)]), tour.tokenizer(), tour.data / split)
+        tokens = sum(domain.num_tokens for domain in report.domains)
+        figures[split] = f"{tokens:,} tokens, {sum(domain.num_bytes for domain in report.domains) / tokens:.2f} bytes per token"
+    return figures
+
+
+def pretrain_leg(tour: Tour) -> Figures:
+    """Train the model, or go on training it."""
+    corpus = Corpus.open(tour.data)
+    pretrain(tour.recipe(), corpus, tour.run, sample=lambda model: training_samples(model, corpus.tokenizer, tour.seed))
+    lines = [line for line in read_metrics(tour.run / "metrics.jsonl") if line["kind"] == "train"]
+    speed = lines[-1]["tokens"] / lines[-1]["elapsed_s"]
+    return {"steps": f"{lines[-1]['step']:,}", "final loss": f"{lines[-1]['loss']:.3f} nats per token", "speed": f"{speed:,.0f} tokens/s"}
+
+
+def training_samples(model: Transformer, tokenizer: Tokenizer, seed: int) -> list[Sample]:
+    """Return one short text for the report's story of how the model learns."""
+    prompt = PROMPTS[0][1]
+    return [(prompt, write(model, tokenizer, [prompt], seed, max_tokens=48)[0])]
+
+
+def write(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], seed: int, *, max_tokens: int) -> list[str]:
+    """Continue the prompts, each with a seed of its own; the model's training mode is left as it was."""
+    was_training = model.training
+    engine = Engine(model.eval(), tokenizer, max_batch=len(prompts))
+    requests = [
+        Request(
+            str(number),
+            tuple(tokenizer.encode(prompt)),
+            SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed + number),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    texts = [output.text for output in engine.generate(requests)]
+    model.train(was_training)
+    return texts
+
+
+def validation_leg(tour: Tour) -> Figures:
+    """Score the held-out text with the model, in fp32, and with an interpolated bigram of the same training tokens."""
+    corpus, recipe = Corpus.open(tour.data), tour.recipe()
+    assert corpus.validation is not None
+    model = load_model(latest_checkpoint(tour.run))
+    losses = validate(model, corpus.validation, recipe.run.seq_len, batch_rows=recipe.batch.micro_sequences, autocast=None)
+    bigram = bigram_bits_per_byte(corpus.train, corpus.validation, corpus.tokenizer)
+    result = {"model": {domain: loss.bits_per_byte for domain, loss in losses.items()}, "bigram": bigram}
+    atomic_write_json(tour.out / "validation.json", result)
+    return {domain: f"{result['model'][domain]:.3f} bits per byte (bigram {bigram[domain]:.3f})" for domain in losses}
+
+
+def bigram_bits_per_byte(train: TokenShards, held_out: TokenShards, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return what a bigram that saw the same tokens reaches, by domain: the bar that a model has to clear."""
+    bigram = InterpolatedBigram.fit(np.concatenate(list(train.tokens())), tokenizer.vocab_size, bos_id=tokenizer.bos_id)
+    return {
+        domain: bits_per_byte(bigram.nll(np.concatenate(list(held_out.tokens(domain)))), held_out.num_bytes(domain))
+        for domain in held_out.domains
+    }
+
+
+def samples_leg(tour: Tour) -> Figures:
+    """Let the model write, and look its English words up in the corpus."""
+    model, tokenizer = load_model(latest_checkpoint(tour.run)), tour.tokenizer()
+    prompts = [*PROMPTS, *([PROMPTS[0]] * (ENGLISH_SAMPLES - 2))]
+    texts = write(model, tokenizer, [prompt for _, prompt in prompts], tour.seed, max_tokens=SAMPLE_TOKENS)
+    samples = [{"domain": domain, "prompt": prompt, "text": text} for (domain, prompt), text in zip(prompts, texts, strict=True)]
+    share = known_words((prompt + text for (domain, prompt), text in zip(prompts, texts, strict=True) if domain == "en"), english_words())
+    atomic_write_json(tour.out / "samples.json", {"known_words": share, "samples": samples})
+    for domain, prompt in PROMPTS:
+        text = next(sample["text"] for sample in samples if sample["prompt"] == prompt)
+        console().print(f"[{domain}] {prompt}{text}".replace("\n", " ")[:240], markup=False, soft_wrap=True)
+    return {"English words that are words of the corpus": f"{share:.1%}"}
+
+
+def english_words() -> set[str]:
+    """Return the words of the English training text, in lower case."""
+    documents = read_documents([corpus_path("train")])
+    return {word.lower() for document in documents if document.domain == "en" for word in _WORD.findall(document.text)}
+
+
+def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
+    """Return the share of words that the vocabulary holds; the last word of a text may be cut and does not count."""
+    words = [word.lower() for text in texts for word in _WORD.findall(text)[:-1]]
+    return sum(word in vocabulary for word in words) / max(1, len(words))
+
+
+def report_leg(tour: Tour) -> Figures:
+    """Write report.html."""
+    state = _read_state(tour.out)
+    legs = [ReportLeg(name, leg["seconds"], "; ".join(leg["figures"].values())) for name, leg in state["legs"].items()]
+    validation = json.loads((tour.out / "validation.json").read_text())
+    known = json.loads((tour.out / "samples.json").read_text())["known_words"]
+    write_tour_report(
+        tour.out / "report.html",
+        run_folder=tour.run,
+        summary=[("known English words", f"{known:.1%}")],
+        plan=_plan_rows(tour, state["threads"]),
+        legs=legs,
+        baselines={"bigram": validation["bigram"]},
+        next_commands=next_commands(tour.out),
+    )
+    return {"page": str(tour.out / "report.html")}
+
+
+LEGS = (
+    Leg("text", "count the corpus that ships with dsv2", text_leg),
+    Leg("tokenizer", "train a byte-level BPE on it", tokenizer_leg),
+    Leg("shards", "encode it into token shards", shards_leg),
+    Leg("pretrain", "train a small DeepSeek-V2", pretrain_leg),
+    Leg("validation", "score held-out text, beside a bigram", validation_leg),
+    Leg("samples", "let the model write", samples_leg),
+    Leg("report", "put it all on one page", report_leg),
+)
+
+
+def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = None, fresh: bool = False) -> None:
+    """Take the tour, or go on with the one in ``out``.
+
+    Args:
+        out: folder of the tour.
+        size: a name in ``SIZES``.
+        seed: of weights, data order and samples.
+        threads: of torch; None: its own choice. A tour that goes on keeps the number it began with, since sums depend on it.
+        fresh: delete the tour in ``out`` and begin again.
+
+    Raises:
+        ConfigError: no such size, or ``out`` holds a tour of another size, seed or thread count.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"there is no tour size {size!r}; sizes: {', '.join(SIZES)}", hint=did_you_mean(size, SIZES))
+    out = Path(out)
+    if fresh:
+        _remove(out)
+    state = _begin(out, size, seed, threads)
+    make_deterministic(state["threads"])
+    tour = Tour(out, SIZES[size], seed)
+    table(f"tour {size}: {tour.size.summary}", ("what", "value"), _plan_rows(tour, state["threads"]))
+    for number, leg in enumerate(LEGS, start=1):
+        title = f"leg {number} of {len(LEGS)}, {leg.name}: {leg.summary}"
+        if leg.name in state["legs"]:
+            console().print(f"{title} (done before)", markup=False)
+            continue
+        console().print(f"\n{title}", markup=False, style="bold")
+        began = time.perf_counter()
+        figures = leg.run(tour)
+        state["legs"][leg.name] = {"seconds": round(time.perf_counter() - began, 2), "figures": figures}
+        atomic_write_json(out / "tour.json", state)
+        for name, value in figures.items():
+            console().print(f"  {name}: {value}", markup=False, soft_wrap=True)
+        console().print(f"  {state['legs'][leg.name]['seconds']:.1f} s", markup=False)
+    total = sum(leg["seconds"] for leg in state["legs"].values())
+    console().print(f"\nthe tour took {total:.0f} s; look at {out / 'report.html'}", markup=False, soft_wrap=True)
+    table("what to type next", ("command", "does"), next_commands(out))
+
+
+def next_commands(out: Path) -> list[tuple[str, str]]:
+    """Return what to type after a tour."""
+    return [
+        (f"dsv2 generate {out} --prompt 'It was a'", "let the model go on"),
+        (f"dsv2 chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
+        (f"dsv2 info {out}", "count its parameters and its cache"),
+        (f"dsv2 tour --size long --out {out}-long", "train it four times as long"),
+        (f"dsv2 pretrain nano --data {out / 'data'} --out runs/nano", "train another shape on the same shards"),
+    ]
+
+
+def _plan_rows(tour: Tour, threads: int) -> list[tuple[str, str]]:
+    recipe = tour.recipe()
+    return [
+        ("legs", " -> ".join(leg.name for leg in LEGS)),
+        ("tokenizer", f"byte-level BPE, vocabulary {tour.size.vocab_size:,}"),
+        ("pre-training", f"recipe {tour.size.recipe}: {recipe.run.tokens:,} tokens in rows of {recipe.run.seq_len}"),
+        ("seed, threads", f"{tour.seed}, {threads}"),
+        ("folder", str(tour.out)),
+    ]
+
+
+def _begin(out: Path, size: str, seed: int, threads: int | None) -> dict[str, Any]:
+    """Return the state of the tour in ``out``; save the plan if it begins now."""
+    if not (out / "tour.json").exists():
+        state: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
+        atomic_write_json(out / "tour.json", state)
+        return state
+    state = _read_state(out)
+    wanted = {"version": VERSION, "size": size, "seed": seed, "threads": threads or state["threads"]}
+    changed = [f"{name} = {state.get(name)!r}, not {value!r}" for name, value in wanted.items() if state.get(name) != value]
+    if changed:
+        raise ConfigError(f"{out} holds a tour with {'; '.join(changed)}", hint="choose another --out, or begin again with --no-resume")
+    return state
+
+
+def _read_state(out: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((out / "tour.json").read_text(encoding="utf-8"))
+        return state
+    except ValueError as error:
+        raise ConfigError(f"{out / 'tour.json'} is damaged: {error}", hint="begin again with --no-resume") from error
+
+
+def _remove(out: Path) -> None:
+    """Delete what a tour writes, and nothing else."""
+    for name in ("tour.json", "validation.json", "samples.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("data", "pretrain"):
+        shutil.rmtree(out / name, ignore_errors=True)
