@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -60,6 +60,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 # Progress ---------------------------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Bar(Protocol):
     """What ``bar`` gives: tell it how much is done, and what to show beside it."""
 

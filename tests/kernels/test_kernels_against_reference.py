@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import training
 
 from dsv2.kernels import attention, cross_entropy, grouped_swiglu, linear_cross_entropy, reference
 from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
+from reference import training
 
 
 def randn(*shape, seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import balance
 
 from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from reference import balance
 
 
 def all_three(affinity, experts, n_group, topk_group):

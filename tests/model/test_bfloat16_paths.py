@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import transformer
-from reference.subject import our_model
-from reference.tiny import LITE, V2, random_state, split_experts, stack_experts
 
 from dsv2.kernels import attention, row_tile
 from dsv2.model import attention as model_attention
 from dsv2.model import experts as model_experts
 from dsv2.model.experts import sort_by_expert
+from reference import transformer
+from reference.subject import our_model
+from reference.tiny import LITE, V2, random_state, split_experts, stack_experts
 
 BATCH = [[0, 5, 17, 99, 5, 2, 64, 127, 3, 3], [1, 1, 80, 42, 7, 7, 9, 120, 0, 31]]
 DOCUMENTS = [[0] * 4 + [1] * 6, [0] * 10]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from reference import transformer
 from reference.subject import ListCache, logits_in_chunks, our_model
 from reference.tiny import CONFIGS, V2, random_state

@@ -6,12 +6,12 @@ from copy import deepcopy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import rope
-from reference.tiny import CONFIGS, LITE, V2, YARN
 
 from dsv2.errors import ConfigError
 from dsv2.model.config import ModelConfig
 from dsv2.presets import PRESETS, preset
+from reference import rope
+from reference.tiny import CONFIGS, LITE, V2, YARN
 
 
 @pytest.mark.parametrize("name", CONFIGS)

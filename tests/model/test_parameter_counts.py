@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from reference.tiny import CONFIGS
 
 from dsv2.checkpoint.huggingface import to_huggingface
 from dsv2.model.accounting import attention_parameters, cache_elements_per_token, count_parameters, training_flops_per_token
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
 from dsv2.presets import PRESETS, preset
+from reference.tiny import CONFIGS
 
 PUBLISHED = {
     "v2": (235_741_434_880, 21_375_800_320, 20_851_512_320, 20_327_224_320, 29_102, 149_227_520),

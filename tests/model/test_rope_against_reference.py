@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import rope
-from reference.tiny import CONFIGS, V2, YARN
 
 from dsv2.model.config import ModelConfig
 from dsv2.model.rope import rope_frequencies, rotate, rotation
 from dsv2.presets import preset
+from reference import rope
+from reference.tiny import CONFIGS, V2, YARN
 
 
 def test_golden_frequencies_of_v2():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import moe
-from reference.tiny import LITE, V2
 
 from dsv2.model.config import ModelConfig
 from dsv2.model.router import Router, RouterStats, route
+from reference import moe
+from reference.tiny import LITE, V2
 
 
 @st.composite

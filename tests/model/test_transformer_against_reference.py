@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from reference import transformer
-from reference.subject import our_model
-from reference.tiny import CONFIGS, V2, random_state, split_experts, stack_experts
 
 from dsv2.model.config import ModelConfig
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
+from reference import transformer
+from reference.subject import our_model
+from reference.tiny import CONFIGS, V2, random_state, split_experts, stack_experts
 
 BATCH = [[0, 5, 17, 99, 5, 2, 64, 127, 3, 3], [1, 1, 80, 42, 7, 7, 9, 120, 0, 31]]
 POSITIONS = [[0, 1, 2, 3, 50, 1000, 4095, 4096, 4097, 5000], [7, 8, 9, 10, 11, 12, 13, 4500, 4600, 4700]]

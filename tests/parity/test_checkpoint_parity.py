@@ -4,10 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from reference import transformer
-from reference.subject import our_model
-from reference.tiny import CONFIGS, V2, random_state
-from reference.upstream import upstream_logits, upstream_model
 from safetensors.torch import save_file
 
 from dsv2.checkpoint.huggingface import to_huggingface
@@ -16,6 +12,10 @@ from dsv2.errors import CheckpointError
 from dsv2.files import atomic_write_json
 from dsv2.model.config import ModelConfig
 from dsv2.model.rope import rope_frequencies
+from reference import transformer
+from reference.subject import our_model
+from reference.tiny import CONFIGS, V2, random_state
+from reference.upstream import upstream_logits, upstream_model
 
 TOKENS = [[0, 5, 17, 99, 5, 2, 64, 127, 3, 3]]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from reference.subject import ListCache, logits_in_chunks, our_model
 from reference.tiny import CONFIGS, random_state
 from reference.upstream import upstream_logits, upstream_model

@@ -35,10 +35,10 @@ class ListCache:
         """Tokens stored so far."""
         return self.latents[0].shape[1] if self.latents else 0
 
-    def expect(self, new: int) -> None:
-        """Announce the next call's number of new tokens: each sees all old ones and the new ones up to itself."""
+    def expect(self, batch: int, new: int) -> None:
+        """Announce the next call's rows and new tokens per row: each sees all old ones and the new ones up to itself."""
         old = self.length
-        self.visible = None if old == 0 else torch.ones(new, old + new, dtype=torch.bool).tril(old).unsqueeze(0)
+        self.visible = None if old == 0 else torch.ones(new, old + new, dtype=torch.bool).tril(old).expand(batch, -1, -1)
 
     def append(self, layer: int, kv_latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new entries behind the old ones and return all."""
@@ -55,7 +55,7 @@ def logits_in_chunks(model: Transformer, tokens: Tensor, positions: Tensor, chun
     pieces, start = [], 0
     for chunk_len in chunk_lens:
         own = slice(start, start + chunk_len)
-        cache.expect(chunk_len)
+        cache.expect(len(tokens), chunk_len)
         pieces.append(model.logits(model(tokens[:, own], positions=positions[:, own], cache=cache).hidden))
         start += chunk_len
     return torch.cat(pieces, dim=1)

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from reference import balance, training, transformer
-from reference.subject import our_model
-from reference.tiny import CONFIGS, random_state
 
 from dsv2.data.batch import IGNORE, Batch
 from dsv2.model.config import ModelConfig
 from dsv2.train.losses import BalanceSection, balance_loss, batch_losses, token_nll
+from reference import balance, training, transformer
+from reference.subject import our_model
+from reference.tiny import CONFIGS, random_state
 
 TOKENS = [[0, 5, 17, 99, 1, 0, 64, 127, 3, 1], [0, 1, 0, 42, 7, 7, 9, 120, 2, 31]]
 LABELS = [[5, 17, 99, 1, -100, 64, 127, 3, 1, -100], [1, -100, 42, 7, 7, 9, 120, 2, 31, 6]]

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import training
 
 from dsv2.errors import ConfigError
 from dsv2.train.schedule import BatchSize, LearningRate, batch_size, check_batch, learning_rate, steps_of
+from reference import training
 
 BUDGET = 8_100_000_000_000
 V2_RATE = LearningRate(peak=2.4e-4, warmup_steps=2000)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from reference import balance, training, transformer
-from reference.subject import our_model
-from reference.tiny import V2, random_state, split_experts, stack_experts
 
 from dsv2.data.batch import Batch
 from dsv2.errors import Dsv2Error
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import AdamWSection, make_optimizer, optimizer_tensors, restore_optimizer
 from dsv2.train.step import train_step
+from reference import balance, training, transformer
+from reference.subject import our_model
+from reference.tiny import V2, random_state, split_experts, stack_experts
 
 CONFIG = {**V2, "num_hidden_layers": 2}
 RATES = [0.01, 0.02, 0.005]

@@ -91,7 +91,6 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> Trans
     folder = Path(folder)
     config = ModelConfig.from_dict(_read_json(folder / "config.json"), source=str(folder / "config.json"))
     model = Transformer(config).to(dtype or torch.float32)
-    model.frequencies = model.frequencies.float()
     state = dict(model.state_dict())
     missing = set(to_huggingface(state, config))
     files = sorted(folder.glob("*.safetensors"))

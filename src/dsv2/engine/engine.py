@@ -27,7 +27,8 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 class Engine:
     """A model that serves many requests at once.
 
-    A request's tokens depend on itself alone: its prompt, parameters and seed. Rows of one batch see nothing of each other.
+    A request's tokens depend on its prompt, parameters and seed alone. The batch enters only through the rounding of matrix products,
+    whose order may vary with the number of rows; it can turn a choice between all but equal tokens.
 
     Args:
         model: used as it is; its weights are read at each step, so a training loop may sample between its own steps.

@@ -109,8 +109,8 @@ class TokenLogprob:
 class Output:
     """New tokens and text of one request: what one step added, or everything from ``Engine.generate``.
 
-    ``tokens`` holds every id that was drawn, with the one that ended the request; ``text`` leaves out special tokens and the stop
-    string and what follows it. Text that may turn out to be the beginning of a stop string, or part of a character, comes with a
+    ``tokens`` holds every id that was drawn, also the one that ended the request; ``text`` leaves out that one, special tokens, and
+    the stop string with what follows it. Text that may turn out to be the beginning of a stop string, or part of a character, comes with a
     later output; so ``text`` may be empty although there is a token, and hold several tokens' text later.
 
     Args:

@@ -59,15 +59,15 @@ def permute_rows(
 
 
 def repeat_rows(
-    rows: Float[Tensor, "rows size"], order: Int[Tensor, " copies_of_rows"], inverse: Int[Tensor, " copies_of_rows"], copies: int
-) -> Float[Tensor, "copies_of_rows size"]:
-    """Return every row ``copies`` times, in the order ``order`` of the flat (row, copy) pairs."""
+    rows: Float[Tensor, "rows size"], order: Int[Tensor, " laid_out"], inverse: Int[Tensor, " copies_of_rows"], copies: int
+) -> Float[Tensor, "laid_out size"]:
+    """Return every row ``copies`` times, in the order ``order`` of the flat (row, copy) pairs; ``order`` may hold fillers beside them."""
     out: Tensor = _RepeatRows.apply(rows, order, inverse, copies)
     return out
 
 
 def sum_copies(
-    rows: Float[Tensor, "copies_of_rows size"], order: Int[Tensor, " copies_of_rows"], inverse: Int[Tensor, " copies_of_rows"], copies: int
+    rows: Float[Tensor, "laid_out size"], order: Int[Tensor, " laid_out"], inverse: Int[Tensor, " copies_of_rows"], copies: int
 ) -> Float[Tensor, "rows size"]:
     """Undo ``repeat_rows``: bring the copies back together and return their sum per row."""
     out: Tensor = _SumCopies.apply(rows, order, inverse, copies)

@@ -57,13 +57,13 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return FLOP for one token forward and backward: 6 per activated parameter, embedding left out, plus causal attention.
+    """Return FLOP for one token forward and backward: 6 per activated parameter, everything counted, plus causal attention.
 
-    Attention: 3 (forward, two in backward) * layers * 2 * heads * (key + value width) * seq_len/2, as in spec 4.2.
+    Attention: 3 (forward, two in backward) * layers * 2 * heads * (key + value width) * seq_len/2, as in spec 4.2 and 10.21.
     """
     c = config
     attention = 3 * c.num_hidden_layers * 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * seq_len / 2
-    return 6 * count_parameters(c).activated_without_embedding + attention
+    return 6 * count_parameters(c).activated + attention
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:

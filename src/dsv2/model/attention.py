@@ -18,6 +18,8 @@ from dsv2.model.layers import RMSNorm
 from dsv2.model.rope import Rotation, rotate
 from dsv2.model.segments import Segments
 
+LATENT_NORM_EPS = 1e-6  # the two latent norms keep this whatever the config's rms_norm_eps says (spec 2.1)
+
 
 class LatentAttention(nn.Module):
     """MLA of one layer; parameter names as in published checkpoints (spec 1.3)."""
@@ -35,10 +37,10 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
 

@@ -4,12 +4,13 @@ The engine hands one of these to each forward call. What is cached per token and
 shared rotary key after its rotation, in interleaved order (d_h^R numbers): nothing else (section 2.1.2).
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+@runtime_checkable
 class LatentCache(Protocol):
     """Latents of the rows of one forward call."""
 

@@ -17,8 +17,8 @@ _DESCRIPTIVE = {
 }  # fmt: skip
 # Fields whose only value with an implementation is this one.
 _FIXED: dict[str, Any] = {
-    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
-    "rope_interleave": True, "scoring_func": "softmax",
+    "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False, "output_router_logits": False,
+    "pretraining_tp": 1, "rope_interleave": True, "scoring_func": "softmax",
 }  # fmt: skip
 _MODEL_TYPES = ("deepseek_v2", "deepseek")  # the very first upload of V2-Chat said "deepseek"
 
@@ -72,7 +72,7 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of the initial matrices")
     aux_loss_alpha: float = Field(default=0.001, ge=0, description="as published; training recipes state their own factors")
-    seq_aux: bool = True
+    seq_aux: Literal[True] = Field(default=True, description="balance losses are per sequence; over the batch is not supported")
     bos_token_id: int = Field(default=100000, ge=0)
     eos_token_id: int = Field(default=100001, ge=0)
     pad_token_id: int | None = None
@@ -165,7 +165,7 @@ class ModelConfig(BaseModel):
         """Return the content of a config.json as DeepSeek writes it."""
         values = self.model_dump()
         values["num_key_value_heads"] = self.num_attention_heads
-        values |= {name: value for name, value in _FIXED.items() if name not in ("mlp_bias", "rope_interleave")}
+        values |= {name: value for name, value in _FIXED.items() if name not in ("mlp_bias", "output_router_logits", "rope_interleave")}
         return {
             "architectures": ["DeepseekV2ForCausalLM"],
             "model_type": "deepseek_v2",
@@ -193,6 +193,12 @@ def _take_fixed(fields: dict[str, Any], source: str) -> None:
     head_dim = fields.pop("head_dim", None)  # newer transformers write qk_rope_head_dim here
     if head_dim is not None and head_dim != fields.get("qk_rope_head_dim"):
         raise ConfigError(f"{source}: head_dim = {head_dim} must equal qk_rope_head_dim = {fields.get('qk_rope_head_dim')}")
+    whole, width = fields.pop("qk_head_dim", None), fields.get("qk_nope_head_dim", 0) + fields.get("qk_rope_head_dim", 0)
+    if whole is not None and whole != width:
+        raise ConfigError(f"{source}: qk_head_dim = {whole} must equal qk_nope_head_dim + qk_rope_head_dim = {width}")
+    for name in ("n_group", "topk_group"):  # null where the model has no groups
+        if fields.get(name, 1) is None:
+            del fields[name]
 
 
 def _take_rope(fields: dict[str, Any], source: str) -> None:
@@ -207,6 +213,9 @@ def _take_rope(fields: dict[str, Any], source: str) -> None:
         raise ConfigError(f"{source}: rope_scaling type = {kind!r} is not supported; allowed: 'yarn' or none")
     if scaling.pop("truncate", True) is not True:
         raise ConfigError(f"{source}: rope_scaling truncate = false is not supported; DeepSeek-V2 rounds the ramp's ends")
+    scaling.pop("type", None)
+    if kind == "default" and scaling:
+        raise ConfigError(f"{source}: rope_parameters of type 'default' hold {next(iter(scaling))!r}, which only 'yarn' has")
     fields["rope_scaling"] = {**scaling, "type": "yarn"} if kind == "yarn" else None
 
 

@@ -5,7 +5,7 @@ parallelism puts an all-to-all in its place without the layer noticing.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ class Dispatched:
     copies: int
 
 
+@runtime_checkable
 class Dispatch(Protocol):
     """How token rows reach their experts and come back."""
 

@@ -65,8 +65,6 @@ class Body(nn.Module):
 class Transformer(nn.Module):
     """A DeepSeek-V2 model. Its weights are uninitialised memory until ``initialise`` or a checkpoint fills them."""
 
-    frequencies: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -74,7 +72,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.frequencies = rope_frequencies(config)  # no buffer: a cast of the model to bf16 must not round them
 
     def forward(
         self,
@@ -94,7 +92,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         segments = None if document_ids is None else find_segments(document_ids)
-        turn = rotation(positions, self.frequencies, self.config.rotation_scale)
+        turn = rotation(positions, self.frequencies.to(tokens.device), self.config.rotation_scale)
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
         for block in self.model.layers:

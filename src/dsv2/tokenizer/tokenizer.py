@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -61,7 +61,7 @@ class Tokenizer:
         self.pad_id = self.eos_id
 
     @classmethod
-    def load(cls, path: str | Path, *, vocab_size: int | None = None) -> Self:
+    def load(cls, path: str | Path, *, vocab_size: int | None = None) -> "Tokenizer":
         """Load a tokenizer folder, ours or a published one, or a single tokenizer.json.
 
         The padded vocabulary comes from ``vocab_size``, else from the model's config.json beside it, else from what ``save`` left in

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ class InterpolatedBigram:
     context_types: NDArray[np.int64]
 
     @classmethod
-    def fit(cls, tokens: Ids, vocab_size: int, *, bos_id: int) -> Self:
+    def fit(cls, tokens: Ids, vocab_size: int, *, bos_id: int) -> "InterpolatedBigram":
         """Count pairs in a stream of documents, each ``BOS tokens... EOS``.
 
         Args:

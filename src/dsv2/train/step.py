@@ -48,7 +48,7 @@ def train_step(
     Raises:
         Dsv2Error: loss or gradient is not finite; the model is left as it was before the step.
     """
-    num_labels = sum(batch.num_labels for batch in micro_batches)
+    num_labels = max(1, sum(batch.num_labels for batch in micro_batches))  # a batch of padding alone has no loss
     nll, balance_sum, loads = 0.0, 0.0, []
     for batch in micro_batches:
         with torch.autocast(batch.tokens.device.type, dtype=autocast, enabled=autocast is not None):
