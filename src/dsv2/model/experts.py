@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv2.kernels import grouped_swiglu, row_tile
+from dsv2.kernels import grouped_swiglu, one_token_swiglu, row_tile
 from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
 from dsv2.model.config import ModelConfig
 
@@ -124,6 +124,8 @@ class RoutedExperts(nn.Module):
         self, x: Float[Tensor, "tokens hidden"], experts: Int[Tensor, "tokens chosen"], gates: Float[Tensor, "tokens chosen"]
     ) -> Float[Tensor, "tokens hidden"]:
         """Return sum_i g_i FFN_i(x) over each token's chosen experts (second sum of eq 20)."""
+        if len(x) == 1 and not torch.is_grad_enabled() and isinstance(self.transport, LocalDispatch):
+            return one_token_swiglu(x[0], experts[0].tolist(), gates[0], self.gate_up_proj, self.down_proj).unsqueeze(0)
         sent = self.transport.dispatch(x, experts, gates, len(self.down_proj))
         rows = grouped_swiglu(sent.rows, sent.counts, self.gate_up_proj, self.down_proj, sent.gates)
         return self.transport.combine(rows, sent)

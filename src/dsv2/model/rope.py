@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv2.model.config import ModelConfig, YarnScaling
 
-Rotation = tuple[Float[Tensor, "batch tokens pairs"], Float[Tensor, "batch tokens pairs"]]
+Rotation = tuple[Float[Tensor, "batch tokens rope"], Float[Tensor, "batch tokens rope"]]
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Tensor, " pairs"]:
@@ -45,16 +45,27 @@ def yarn_ramp(yarn: YarnScaling, dim: int, theta: float) -> Float[Tensor, " pair
 
 
 def rotation(positions: Int[Tensor, "batch tokens"], frequencies: Float[Tensor, " pairs"], scale: float) -> Rotation:
-    """Return cos and sin of every pair's angle, fp32, times ``scale`` (``config.rotation_scale``, 1.0 in DeepSeek's models)."""
+    """Return, for each dimension, the factors of itself and of its partner in the turn by position * theta_j.
+
+    Args:
+        positions: absolute, counted from 0.
+        frequencies: theta_j, radians per token.
+        scale: factor on both (``config.rotation_scale``, 1.0 in DeepSeek's models).
+
+    Returns:
+        own: cos, twice per pair.
+        partner: -sin for the even dimension of a pair, +sin for the odd one.
+    """
     angle = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
-    return (angle.cos(), angle.sin()) if scale == 1.0 else (angle.cos() * scale, angle.sin() * scale)
+    cos, sin = (angle.cos(), angle.sin()) if scale == 1.0 else (angle.cos() * scale, angle.sin() * scale)
+    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
 def rotate(x: Float[Tensor, "batch tokens *heads rope"], rotation: Rotation) -> Float[Tensor, "batch tokens *heads rope"]:
     """Turn each interleaved pair of ``x`` by its angle, in fp32 (eq 14 and 15); returns the dtype of ``x``."""
-    cos, sin = rotation
-    if x.dim() == 4:  # a head axis between tokens and pairs
-        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    pairs = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    own, partner = rotation
+    if x.dim() == 4:  # a head axis between tokens and dimensions
+        own, partner = own.unsqueeze(2), partner.unsqueeze(2)
+    wide = x if x.dtype == torch.float64 else x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * own, swapped, partner).to(x.dtype)

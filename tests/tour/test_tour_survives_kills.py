@@ -1,0 +1,75 @@
+"""A tour that is killed with SIGKILL at random moments ends with the weights, metrics and samples of one that ran in peace."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv2.files import sha256_of
+from dsv2.progress import read_metrics
+
+TIMES = ("tokens_per_s", "elapsed_s")
+
+
+def start_tour(out: Path, size: str, threads: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dsv2", "tour", "--size", size, "--out", str(out), "--threads", str(threads)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+def run_to_the_end(out: Path, size: str, threads: int) -> None:
+    process = start_tour(out, size, threads)
+    _, messages = process.communicate(timeout=3600)
+    assert process.returncode == 0, messages.decode()
+
+
+def result_of(out: Path) -> dict:
+    """Everything that must be equal: weights and moments of every kept checkpoint, metrics without times, validation and samples."""
+    files = sorted((out / "pretrain").glob("step-*/**/*.safetensors"))
+    metrics = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(out / "pretrain" / "metrics.jsonl")]
+    return {
+        "tensors": {str(file.relative_to(out)): sha256_of(file) for file in files},
+        "metrics": metrics,
+        "validation": (out / "validation.json").read_text(),
+        "samples": (out / "samples.json").read_text(),
+    }
+
+
+def kill_at_random(out: Path, size: str, threads: int, kills: int, longest_s: float, seed: int) -> list[str]:
+    """Start the tour again and again and kill it; return the leg each kill hit."""
+    moments = random.Random(seed)
+    hit = []
+    for _ in range(kills):
+        process = start_tour(out, size, threads)
+        time.sleep(moments.uniform(0.5, longest_s))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:  # it was faster than the kill
+            break
+        state = json.loads((out / "tour.json").read_text()) if (out / "tour.json").exists() else {"legs": {}}
+        steps = sorted(path.name for path in (out / "pretrain").glob("step-*"))
+        hit.append(f"{len(state['legs'])} legs, {', '.join(steps) or 'no checkpoint'}")
+    return hit
+
+
+def compare(tmp_path: Path, size: str, threads: int, kills: int, longest_s: float) -> None:
+    run_to_the_end(tmp_path / "peace", size, threads)
+    hit = kill_at_random(tmp_path / "killed", size, threads, kills, longest_s, seed=7)
+    run_to_the_end(tmp_path / "killed", size, threads)
+    print("kills after:", *hit, sep="\n  ")
+    assert result_of(tmp_path / "killed") == result_of(tmp_path / "peace")
+    leftovers = [path for path in (tmp_path / "killed").rglob(".*.tmp") if path.is_dir() and path.name.startswith(".step-")]
+    assert len(leftovers) <= 1
+
+
+def test_three_kills(tmp_path):
+    compare(tmp_path, "smoke", threads=1, kills=3, longest_s=9.0)
+
+
+@pytest.mark.slow
+def test_twelve_kills_with_two_threads(tmp_path):
+    compare(tmp_path, "smoke", threads=2, kills=12, longest_s=12.0)

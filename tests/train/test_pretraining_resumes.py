@@ -1,0 +1,133 @@
+"""Pre-training stopped at any step and resumed is the undisturbed run, bit for bit, with two threads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsv2.checkpoint.layout import checkpoints, latest_checkpoint, load_model
+from dsv2.data.documents import Document
+from dsv2.data.prepare import prepare
+from dsv2.errors import CheckpointError, DataError, Dsv2Error
+from dsv2.files import sha256_of
+from dsv2.progress import read_metrics
+from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train import loop
+from dsv2.train.precision import make_deterministic
+from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+
+RECIPE = {
+    "model": {
+        "preset": "tour",
+        "overrides": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        },
+    },
+    "run": {"tokens": 3072, "seq_len": 32, "precision": "fp32", "validate_every": 3, "sample_every": 4, "checkpoint_every": 2, "keep": 2},
+    "batch": {"sequences": 8, "initial_sequences": 4, "ramp_tokens": 1024, "micro_sequences": 4},
+    "learning_rate": {"peak": 3e-3, "warmup_steps": 2},
+    "balance": {"expert": 0.01, "device": 0.01, "communication": 0.01},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("resume")
+    rng = np.random.default_rng(0)
+    words = ["river", "stone", "model", "expert", "token", "latent", "gate", "rope"]
+    texts = [" ".join(rng.choice(words, size=60)) + "." for _ in range(30)]
+    tokenizer = train_tokenizer(texts, vocab_size=384)
+    tokenizer.save(folder / "tokenizer")
+    for split, part in (("train", texts[:24]), ("validation", texts[24:])):
+        prepare([Document(text, ("a", "b")[n % 2], "test", str(n)) for n, text in enumerate(part)], tokenizer, folder / split)
+    return Corpus.open(folder)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    make_deterministic(2)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+def recipe(**run: object) -> PretrainRecipe:
+    return PretrainRecipe.model_validate(RECIPE | {"run": RECIPE["run"] | run})
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+def test_stopped_and_resumed_is_undisturbed(corpus, tmp_path, monkeypatch, precision, stop_at):
+    pretrain(recipe(precision=precision), corpus, tmp_path / "peace")
+
+    real, calls = loop.train_step, 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > stop_at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(precision=precision), corpus, tmp_path / "stopped")
+    monkeypatch.setattr(loop, "train_step", real)
+    pretrain(recipe(precision=precision), corpus, tmp_path / "stopped")
+
+    last = latest_checkpoint(tmp_path / "peace")
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
+        assert sha256_of(last / name) == sha256_of(tmp_path / "stopped" / last.name / name)
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "peace")
+    assert len(checkpoints(tmp_path / "peace")) == 2
+
+
+def test_metrics_hold_what_the_report_reads(corpus, tmp_path):
+    pretrain(recipe(), corpus, tmp_path, sample=lambda model: [("a prompt", "a text")])
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, len(train) + 1))
+    assert train[-1]["tokens"] >= 3072
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert len(train[0]["load"]) == 1
+    assert sum(train[0]["load"][0]) == pytest.approx(1, abs=1e-3)
+    sizes = [b["consumed_samples"] - a["consumed_samples"] for a, b in zip(train, train[1:], strict=False)]
+    assert sizes[0] == 4
+    assert sizes[-1] == 8
+    validation = [line for line in lines if line["kind"] == "validation"]
+    assert set(validation[-1]["bits_per_byte"]) == {"a", "b"}
+    assert any(line["kind"] == "sample" for line in lines)
+
+
+def test_a_damaged_checkpoint_is_refused(corpus, tmp_path):
+    pretrain(recipe(), corpus, tmp_path)
+    weights = latest_checkpoint(tmp_path) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its hash"):
+        pretrain(recipe(), corpus, tmp_path)
+    weights.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_model(weights.parent)
+
+
+def test_divergence_stops_with_a_clear_error(corpus, tmp_path):
+    diverging = RECIPE | {"learning_rate": {"peak": 1e30, "warmup_steps": 0}}
+    with pytest.raises(Dsv2Error, match="training diverged"):
+        pretrain(PretrainRecipe.model_validate(diverging), corpus, tmp_path)
+
+
+def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
+    folder = tmp_path / "data"
+    train_tokenizer(["another text altogether, with other words"], vocab_size=384).save(folder / "tokenizer")
+    (folder / "train").symlink_to(corpus.train.folder)
+    with pytest.raises(DataError, match="was written with the tokenizer"):
+        Corpus.open(folder)
