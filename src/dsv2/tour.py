@@ -50,10 +50,10 @@ Figures = dict[str, str]  # what a leg reports, for people
 VERSION = 1
 SPLITS = ("train", "validation")
 PROMPTS = (
-    ("en", "It was a"),
-    ("en", "\u201cMy dear Mr. "),
-    ("zh", "\u7b2c\u4e00\u6761"),
-    ("code", "def "),
+    ("en", "It was a fine"),
+    ("en", "\u201cI am sure,\u201d said"),
+    ("zh", "\u5b9d\u7389"),
+    ("code", "def __init__(self"),
     ("math", "\\begin{defn}"),
 )
 ENGLISH_SAMPLES, SAMPLE_TOKENS, TEMPERATURE, TOP_P = 8, 96, 0.7, 0.95
@@ -297,7 +297,7 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
 def next_commands(out: Path) -> list[tuple[str, str]]:
     """Return what to type after a tour."""
     return [
-        (f"dsv2 generate {out} --prompt 'It was a'", "let the model go on"),
+        (f"dsv2 generate {out} --prompt 'It was a fine'", "let the model go on"),
         (f"dsv2 chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
         (f"dsv2 info {out}", "count its parameters and its cache"),
         (f"dsv2 tour --size long --out {out}-long", "train it four times as long"),

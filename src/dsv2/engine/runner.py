@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv2.engine.single import SingleDecoder, serves
 from dsv2.engine.slab import LatentSlab
 from dsv2.model.transformer import Transformer
 
@@ -20,6 +21,7 @@ class Runner:
         self.model = model
         self.slab = slab
         self._device = slab.entries.device
+        self._single = SingleDecoder(model, slab) if serves(model, slab) else None
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int]) -> Float[Tensor, "1 vocab"]:
@@ -39,6 +41,8 @@ class Runner:
             lengths: tokens that each row holds already, which is the new token's position.
         """
         self.slab.reserve(len(tokens), max(lengths) + 1)
+        if len(tokens) == 1 and self._single is not None:
+            return self._single.decode(tokens[0], 0, lengths[0])
         ids = torch.tensor(tokens, device=self._device)[:, None]
         positions = torch.tensor(lengths, device=self._device)[:, None]
         hidden = self.model(ids, positions=positions, cache=self.slab.view(range(len(tokens)), lengths, 1)).hidden
