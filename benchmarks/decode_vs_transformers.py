@@ -9,11 +9,10 @@ medians over rounds are compared. The tokens must be the same. Prints ``ratio NA
 """
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
-
-import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does: huge pages for large tensors, for both sides
 

@@ -11,6 +11,7 @@ Prints one line ``ratio NAME VALUE`` per comparison: above 1, dsv2 is better.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -55,10 +56,6 @@ def run_side(side: str, shape: str, steps: int, seconds: float, precision: str, 
     import torch
 
     torch.set_num_threads(threads)
-    if side == "dsv2":
-        from dsv2.train.memory import keep_freed_memory
-
-        keep_freed_memory()
     model, loss_of = make_side(side, shape, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch, length, _ = SHAPES[shape]
@@ -107,7 +104,8 @@ def in_process(side: str, arguments: argparse.Namespace, steps: int, seconds: fl
         sys.executable, __file__, "--side", side, "--shape", arguments.shape, "--steps", str(steps), "--seconds", str(seconds),
         "--precision", arguments.precision, "--threads", str(arguments.threads),
     ]  # fmt: skip
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}  # as the command line does: huge pages for large tensors, for both sides
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -138,9 +136,7 @@ def main() -> None:
             row = in_process(side, arguments, steps, arguments.seconds)
             rows.append(row)
             print(f"round {round_ + 1} {side}: " + ", ".join(f"{name} {value:,.3f}" for name, value in row.items()), flush=True)
-    middle = {
-        side: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for side, rows in results.items()
-    }
+    middle = {side: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for side, rows in results.items()}
     config = preset(arguments.shape)
     length = SHAPES[arguments.shape][1]
     flops = training_flops_per_token(config, length)
@@ -148,7 +144,9 @@ def main() -> None:
     print(f"this machine's fp32 matrix rate now: {rate:.0f} GFLOP/s")
     for side, row in middle.items():
         share = row["tokens_per_s"] * flops / 1e9 / rate
-        print(f"{side}: {row['tokens_per_s']:,.0f} tokens/s = {share:.0%} of that rate, peak {row['peak_mib']:,.0f} MiB, loss {row['loss']:.3f}")
+        print(
+            f"{side}: {row['tokens_per_s']:,.0f} tokens/s = {share:.0%} of that rate, peak {row['peak_mib']:,.0f} MiB, loss {row['loss']:.3f}"
+        )
     ours, theirs = middle["dsv2"], middle["transformers"]
     name = f"train_{arguments.shape}_{arguments.precision}"
     print(f"ratio {name}_tokens_per_s {ours['tokens_per_s'] / theirs['tokens_per_s']:.3f}")

@@ -32,7 +32,7 @@ def _yarn(mscale: float) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     # the tour's: small enough to train in minutes on two cores
     "tour": {
-        "vocab_size": 4096, "hidden_size": 320, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8,
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
         "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 16,
         "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
         "bos_token_id": 0, "eos_token_id": 1,
