@@ -4,8 +4,9 @@
     python benchmarks/decode_vs_transformers.py --checkpoint tour  # a tour's own model
     python benchmarks/decode_vs_transformers.py --quick
 
-Both sides: fp32, eager, a bare loop that feeds back the likeliest token (transformers without ``generate``, which would be slower still). Sides alternate;
-medians over rounds are compared. The tokens must be the same. Prints ``ratio NAME VALUE``: above 1, dsv2 is faster.
+Both sides: fp32, eager, a bare loop that feeds back the likeliest token (transformers without ``generate``, which would be slower
+still). Sides alternate; medians over rounds are compared. The tokens must be the same. Prints ``ratio NAME VALUE``: above 1, dsv2 is
+faster.
 """
 
 import argparse
@@ -105,6 +106,8 @@ def main() -> None:
             print(f"round {round_ + 1} {side}: {speed:,.1f} tokens/s", flush=True)
     same = sum(a == b for a, b in zip(tokens["dsv2"], tokens["transformers"], strict=True))
     print(f"{same} of {arguments.tokens} tokens agree; {arguments.threads} threads, prompt of {len(prompt)} tokens")
+    if same < arguments.tokens:
+        raise SystemExit("the two sides wrote different tokens: not the same model, or a near-tie")
     print(f"ratio decode_batch1 {statistics.median(speeds['dsv2']) / statistics.median(speeds['transformers']):.3f}")
 
 

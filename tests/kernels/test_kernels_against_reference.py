@@ -45,9 +45,16 @@ def test_rows_travel_and_come_back(tokens, copies, seed):
 
 
 @settings(deadline=None, max_examples=20)
-@given(batch=st.integers(1, 2), tokens=st.integers(1, 6), heads=st.integers(1, 3), key=st.integers(1, 5), value=st.integers(1, 7))
-def test_plain_attention_is_the_fused_one(batch, tokens, heads, key, value):
-    """Both against softmax over the visible keys, written out; the plain one otherwise runs in bf16 only."""
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    key=st.integers(1, 5),
+    value=st.integers(1, 7),
+    block=st.integers(1, 9),
+)
+def test_blocked_attention_is_the_fused_one(batch, tokens, heads, key, value, block):
+    """Both against softmax over the visible keys, written out."""
     q, k = randn(batch, tokens, heads, key), randn(batch, tokens, heads, key, seed=1)
     v = randn(batch, tokens, heads, value, seed=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * 0.7
@@ -55,14 +62,16 @@ def test_plain_attention_is_the_fused_one(batch, tokens, heads, key, value):
     expected = torch.einsum("bhts,bshd->bthd", scores.masked_fill(~causal, float("-inf")).softmax(dim=-1), v)
     mix = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * mix).sum(), (q, k, v))
-    for ours in (
-        attention.attend(q, k, v, scale=0.7),
-        attention.attend(q, k, v, scale=0.7, visible=causal.expand(batch, -1, -1)),
-        attention._plain_causal(q, k, v, 0.7),
-    ):
-        assert torch.allclose(ours, expected, atol=1e-12)
-        for ours_grad, expected_grad in zip(torch.autograd.grad((ours * mix).sum(), (q, k, v)), expected_grads, strict=True):
-            assert torch.allclose(ours_grad, expected_grad, atol=1e-11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_BLOCK", block)
+        for ours in (
+            attention.attend(q, k, v, scale=0.7),
+            attention.attend(q, k, v, scale=0.7, visible=causal.expand(batch, -1, -1)),
+            attention._fused(q, k, v, 0.7, None),
+        ):
+            assert torch.allclose(ours, expected, atol=1e-12)
+            for ours_grad, expected_grad in zip(torch.autograd.grad((ours * mix).sum(), (q, k, v)), expected_grads, strict=True):
+                assert torch.allclose(ours_grad, expected_grad, atol=1e-11)
 
 
 @pytest.mark.parametrize("piece_elements", [1, 20, 1 << 22])
@@ -73,6 +82,7 @@ def test_chunked_head_is_the_cross_entropy_of_the_whole(piece_elements, labels, 
     h, weight = randn(len(labels), hidden), randn(7, hidden, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_entropy, "_PIECE_ELEMENTS", piece_elements)
+        patch.setattr(cross_entropy, "_PIECE_ROWS", 1)
         total = linear_cross_entropy(h, weight, labels, -100)
     count = int((labels != -100).sum())
     ours_grads = torch.autograd.grad(total * 0.5, (h, weight))

@@ -1,4 +1,4 @@
-"""What runs in bf16 only (tiles of rows per expert, plain attention): exact in double, and bf16 near fp64 on the real path."""
+"""What runs in bf16 only (tiles of rows per expert): exact in double, and bf16 near fp64 on the real path."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.kernels import attention, row_tile
-from dsv2.model import attention as model_attention
 from dsv2.model import experts as model_experts
 from dsv2.model.experts import sort_by_expert
 from reference import transformer
@@ -33,7 +32,7 @@ def test_rows_lie_by_expert_in_whole_tiles(chosen, tile):
 def test_bf16_paths_in_double_are_the_reference(tile, monkeypatch):
     """Forward and every gradient, with the paths switched on that bf16 would take."""
     monkeypatch.setattr(model_experts, "row_tile", lambda rows: tile)
-    monkeypatch.setattr(model_attention, "attend", lambda q, k, v, *, scale: attention._plain_causal(q, k, v, scale))
+    monkeypatch.setattr(attention, "_BLOCK", 4)
     state = random_state(V2)
     leaves = {name: tensor.requires_grad_() for name, tensor in stack_experts(state, V2).items()}
     model = our_model(state, V2)

@@ -175,10 +175,12 @@ def latest_checkpoint(path: str | Path) -> Path:
 
 
 def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` step folders."""
-    for path in checkpoints(run)[:-keep]:
-        (path / _MANIFEST).unlink()  # first, so that a half-deleted folder never counts as complete
-        shutil.rmtree(path)
+    """Delete all but the newest ``keep`` complete step folders, and what a killed process left of others."""
+    kept = checkpoints(run)[-keep:]
+    for path in run.glob("step-*"):
+        if _STEP.fullmatch(path.name) and path not in kept:
+            (path / _MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted folder never counts as complete
+            shutil.rmtree(path)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 20  # logits held at once: 4 MiB in fp32, which stays in a core's caches
+_PIECE_ROWS = 256  # but no fewer rows: each piece adds to the whole gradient of the weight
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -21,19 +22,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight = torch.zeros_like(weight) if need_grad else None
+        grad_weight: Tensor | None = None
         total = hidden.new_zeros((), dtype=torch.float64)
-        size = max(1, _PIECE_ELEMENTS // len(weight))
+        size = max(_PIECE_ROWS, _PIECE_ELEMENTS // len(weight))
         for start in range(0, len(hidden), size):
             piece = slice(start, start + size)
             nll, grad_logits = _piece(cast_hidden[piece] @ cast_weight.t(), labels[piece], ignore, need_grad)
             total += nll
-            if grad_hidden is not None and grad_weight is not None and grad_logits is not None:
+            if grad_hidden is not None and grad_logits is not None:
                 grad_logits = grad_logits.to(dtype)
                 grad_hidden[piece] = grad_logits @ cast_weight
-                grad_weight.addmm_(grad_logits.t(), cast_hidden[piece]) if dtype == weight.dtype else grad_weight.add_(
-                    grad_logits.t() @ cast_hidden[piece]
-                )
+                grad_weight = _accumulate(grad_weight, grad_logits, cast_hidden[piece], weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
@@ -42,6 +41,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass left."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None
+
+
+def _accumulate(total: Tensor | None, grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add one piece's gradient of the weight to the total; the first piece makes it, so that it is never cleared."""
+    if total is None:
+        return (grad_logits.t() @ hidden).to(dtype)
+    if hidden.dtype == dtype:
+        return total.addmm_(grad_logits.t(), hidden)
+    return total.add_(grad_logits.t() @ hidden)
 
 
 def _piece(logits: Tensor, labels: Tensor, ignore: int, need_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,15 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
 
 
+def _stack_for_gradients(stack: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return memory like ``stack``, zero for experts without rows only: the others' products overwrite it."""
+    gradients = torch.empty_like(stack)
+    for expert, count in enumerate(counts):
+        if not count:
+            gradients[expert].zero_()
+    return gradients
+
+
 class GroupedSwiGLU(torch.autograd.Function):
     """See ``kernels.grouped_swiglu``."""
 
@@ -62,7 +71,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         activated, up, product = _swiglu(pre)
         scale = weights.unsqueeze(-1).to(rows.dtype)
         scaled = product * scale
-        grad_down, grad_scaled = torch.zeros_like(down), torch.empty_like(product)
+        grad_down, grad_scaled = _stack_for_gradients(down, ctx.counts), torch.empty_like(product)
         for expert, own in slices(ctx.counts):
             torch.mm(grad_out[own].t(), scaled[own], out=grad_down[expert])
             torch.mm(grad_out[own], down[expert], out=grad_scaled[own])
@@ -73,7 +82,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad_product * up, gate))
         torch.mul(grad_product, activated, out=grad_up)
-        grad_gate_up, grad_rows = torch.zeros_like(gate_up), torch.empty_like(rows)
+        grad_gate_up, grad_rows = _stack_for_gradients(gate_up, ctx.counts), torch.empty_like(rows)
         for expert, own in slices(ctx.counts):
             torch.mm(grad_pre[own].t(), rows[own], out=grad_gate_up[expert])
             torch.mm(grad_pre[own], gate_up[expert], out=grad_rows[own])

@@ -69,8 +69,8 @@ class LoopPlan:
         return list(steps_of(self.batch, self.run.seq_len, self.run.tokens))
 
 
-def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState | None:
-    """Fill model and optimiser from a run's newest checkpoint; None where there is none yet.
+def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, keep: int) -> TrainingState | None:
+    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep``; None where there is none yet.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
@@ -78,6 +78,7 @@ def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimiz
     found = checkpoints(folder)
     if not found:
         return None
+    remove_old(folder, keep)
     verify_checkpoint(found[-1])
     model.load_state_dict(load_model(found[-1]).state_dict())
     state = load_training(found[-1])

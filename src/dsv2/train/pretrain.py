@@ -134,7 +134,7 @@ def pretrain(
     initialise(model, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer)
-    start = resume_from(out, model, optimizer)
+    start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
     metrics.cut_back(start.step if start else 0)
     loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
