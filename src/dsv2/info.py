@@ -51,13 +51,13 @@ def find_config(target: str) -> ModelConfig:
         return preset(target)
     if not path.exists():
         return preset(target)  # raises, and names the nearest preset
-    steps = sorted(
-        (file for run in (path, path / "pretrain") for file in run.glob("step-*/config.json")), key=lambda file: int(file.parent.name[5:])
-    )
+    saved = [file for run in (path, path / "pretrain") for file in run.glob("step-*/config.json") if file.parent.name[5:].isdigit()]
+    steps = sorted(saved, key=lambda file: int(file.parent.name[5:]))
     for file in (path if path.is_file() else path / "config.json", *reversed(steps)):
         if file.is_file():
             try:
-                return ModelConfig.from_dict(json.loads(file.read_text(encoding="utf-8")), source=str(file))
+                content = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ConfigError(f"{file} is not JSON: {error}") from error
+            return ModelConfig.from_dict(content, source=str(file))
     raise ConfigError(f"{path} holds no config.json and no step-N folder", hint=f"or give a preset: {', '.join(PRESETS)}")

@@ -35,18 +35,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
         "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 16,
         "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
-        "bos_token_id": 0, "eos_token_id": 1,
+        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
     },
     # small models of ours: for a laptop, and for measuring beside other implementations
     "nano": {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
         "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 16,
         "n_shared_experts": 2, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+        "bos_token_id": 0, "eos_token_id": 1,
     },
     "small": {
         "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
         "kv_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 48,
         "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 256, "first_k_dense_replace": 1,
+        "bos_token_id": 0, "eos_token_id": 1,
     },
     # the published shapes; 0.707 is the paper's 0.0707 ln s + 1 (section 3.1.4), V2.5 uses 1.0
     "v2-lite": _LITE | _yarn(0.707),

@@ -14,6 +14,7 @@ stopped and ends with the same weights.
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from dsv2.files import atomic_write_json
 from dsv2.model.transformer import Transformer
 from dsv2.progress import console, read_metrics, table
 from dsv2.report import Leg as ReportLeg
+from dsv2.report import Sample as ReportSample
 from dsv2.report import write_tour_report
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
@@ -47,7 +49,7 @@ from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people
 
-VERSION = 1
+VERSION, STATE = 1, "tour.json"
 SPLITS = ("train", "validation")
 PROMPTS = (
     ("en", "It was a fine"),
@@ -205,7 +207,7 @@ def samples_leg(tour: Tour) -> Figures:
     prompts = [*PROMPTS, *([PROMPTS[0]] * (ENGLISH_SAMPLES - 2))]
     texts = write(model, tokenizer, [prompt for _, prompt in prompts], tour.seed, max_tokens=SAMPLE_TOKENS)
     samples = [{"domain": domain, "prompt": prompt, "text": text} for (domain, prompt), text in zip(prompts, texts, strict=True)]
-    share = known_words((prompt + text for (domain, prompt), text in zip(prompts, texts, strict=True) if domain == "en"), english_words())
+    share = known_words((text for (domain, _), text in zip(prompts, texts, strict=True) if domain == "en"), english_words())
     atomic_write_json(tour.out / "samples.json", {"known_words": share, "samples": samples})
     for domain, prompt in PROMPTS:
         text = next(sample["text"] for sample in samples if sample["prompt"] == prompt)
@@ -220,8 +222,8 @@ def english_words() -> set[str]:
 
 
 def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
-    """Return the share of words that the vocabulary holds; the last word of a text may be cut and does not count."""
-    words = [word.lower() for text in texts for word in _WORD.findall(text)[:-1]]
+    """Return the share of words that the vocabulary holds; a text's first and last word may be cut and do not count."""
+    words = [word.lower() for text in texts for word in _WORD.findall(text)[1:-1]]
     return sum(word in vocabulary for word in words) / max(1, len(words))
 
 
@@ -230,14 +232,15 @@ def report_leg(tour: Tour) -> Figures:
     state = _read_state(tour.out)
     legs = [ReportLeg(name, leg["seconds"], "; ".join(leg["figures"].values())) for name, leg in state["legs"].items()]
     validation = json.loads((tour.out / "validation.json").read_text())
-    known = json.loads((tour.out / "samples.json").read_text())["known_words"]
+    written = json.loads((tour.out / "samples.json").read_text())
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
-        summary=[("known English words", f"{known:.1%}")],
+        summary=[("known English words", f"{written['known_words']:.1%}")],
         plan=_plan_rows(tour, state["threads"]),
         legs=legs,
         baselines={"bigram": validation["bigram"]},
+        samples=[ReportSample(sample["domain"], sample["prompt"], sample["text"]) for sample in written["samples"][: len(PROMPTS)]],
         next_commands=next_commands(tour.out),
     )
     return {"page": str(tour.out / "report.html")}
@@ -270,11 +273,10 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
     if size not in SIZES:
         raise ConfigError(f"there is no tour size {size!r}; sizes: {', '.join(SIZES)}", hint=did_you_mean(size, SIZES))
     out = Path(out)
-    if fresh:
-        _remove(out)
-    state = _begin(out, size, seed, threads)
-    make_deterministic(state["threads"])
     tour = Tour(out, SIZES[size], seed)
+    tour.recipe()  # a wrong seed is refused before anything is written or deleted
+    state = _begin(out, size, seed, threads, fresh)
+    make_deterministic(state["threads"])
     table(f"tour {size}: {tour.size.summary}", ("what", "value"), _plan_rows(tour, state["threads"]))
     for number, leg in enumerate(LEGS, start=1):
         title = f"leg {number} of {len(LEGS)}, {leg.name}: {leg.summary}"
@@ -285,23 +287,27 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
         began = time.perf_counter()
         figures = leg.run(tour)
         state["legs"][leg.name] = {"seconds": round(time.perf_counter() - began, 2), "figures": figures}
-        atomic_write_json(out / "tour.json", state)
+        atomic_write_json(out / STATE, state)
         for name, value in figures.items():
             console().print(f"  {name}: {value}", markup=False, soft_wrap=True)
         console().print(f"  {state['legs'][leg.name]['seconds']:.1f} s", markup=False)
     total = sum(leg["seconds"] for leg in state["legs"].values())
     console().print(f"\nthe tour took {total:.0f} s; look at {out / 'report.html'}", markup=False, soft_wrap=True)
-    table("what to type next", ("command", "does"), next_commands(out))
+    console().print("what to type next:", markup=False)
+    for command, purpose in next_commands(out):
+        console().print(f"  {command}\n      {purpose}", markup=False, soft_wrap=True)
 
 
 def next_commands(out: Path) -> list[tuple[str, str]]:
-    """Return what to type after a tour."""
+    """Return what to type after a tour, with the program as it was called if it is not on the path."""
+    called = Path(sys.argv[0])
+    dsv2 = str(called) if called.name == "dsv2" and shutil.which("dsv2") is None else "dsv2"
     return [
-        (f"dsv2 generate {out} --prompt 'It was a fine'", "let the model go on"),
-        (f"dsv2 chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
-        (f"dsv2 info {out}", "count its parameters and its cache"),
-        (f"dsv2 tour --size long --out {out}-long", "train it four times as long"),
-        (f"dsv2 pretrain nano --data {out / 'data'} --out runs/nano", "train another shape on the same shards"),
+        (f"{dsv2} generate {out} --prompt 'It was a fine'", "let the model go on"),
+        (f"{dsv2} chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
+        (f"{dsv2} info {out}", "count its parameters and its cache"),
+        (f"{dsv2} tour --size long --out {out}-long", "train it four times as long"),
+        (f"{dsv2} pretrain nano --data {out / 'data'} --out runs/nano", "train another shape on the same shards"),
     ]
 
 
@@ -316,13 +322,27 @@ def _plan_rows(tour: Tour, threads: int) -> list[tuple[str, str]]:
     ]
 
 
-def _begin(out: Path, size: str, seed: int, threads: int | None) -> dict[str, Any]:
-    """Return the state of the tour in ``out``; save the plan if it begins now."""
-    if not (out / "tour.json").exists():
-        state: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
-        atomic_write_json(out / "tour.json", state)
-        return state
+def _begin(out: Path, size: str, seed: int, threads: int | None, fresh: bool) -> dict[str, Any]:
+    """Return the state of the tour in ``out``; save the plan if it begins now.
+
+    Raises:
+        ConfigError: ``out`` is no place for this tour; nothing in it has been touched.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; a tour needs a folder", hint="choose another --out")
+    begun: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
+    if not (out / STATE).exists():
+        if out.exists() and any(not path.name.startswith(f".{STATE}.") for path in out.iterdir()):
+            raise ConfigError(f"{out} holds other things and no tour", hint="choose a new or empty folder with --out")
+        atomic_write_json(out / STATE, begun)
+        return begun
     state = _read_state(out)
+    if fresh or state.get("clearing"):
+        # marked first: killed in between, the next start goes on deleting instead of resuming what is left
+        atomic_write_json(out / STATE, begun | {"clearing": True})
+        _remove(out)
+        atomic_write_json(out / STATE, begun)
+        return begun
     wanted = {"version": VERSION, "size": size, "seed": seed, "threads": threads or state["threads"]}
     changed = [f"{name} = {state.get(name)!r}, not {value!r}" for name, value in wanted.items() if state.get(name) != value]
     if changed:
@@ -332,15 +352,18 @@ def _begin(out: Path, size: str, seed: int, threads: int | None) -> dict[str, An
 
 def _read_state(out: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((out / "tour.json").read_text(encoding="utf-8"))
-        return state
+        state = json.loads((out / STATE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{out / 'tour.json'} is damaged: {error}", hint="begin again with --no-resume") from error
+        raise ConfigError(f"{out / STATE} is damaged: {error}", hint="choose another --out") from error
+    if not isinstance(state, dict) or not {"version", "size", "seed", "threads", "legs"} <= state.keys():
+        raise ConfigError(f"{out / STATE} is not the state of a tour", hint="choose another --out")
+    return state
 
 
 def _remove(out: Path) -> None:
-    """Delete what a tour writes, and nothing else."""
-    for name in ("tour.json", "validation.json", "samples.json", "report.html"):
+    """Delete what a tour writes beside its state, and nothing else."""
+    for name in ("validation.json", "samples.json", "report.html"):
         (out / name).unlink(missing_ok=True)
     for name in ("data", "pretrain"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        if (out / name).exists():
+            shutil.rmtree(out / name)

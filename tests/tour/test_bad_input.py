@@ -48,8 +48,7 @@ def test_unknown_model_field_names_the_nearest(corpus, tmp_path, capsys):
 
 
 def test_experts_that_do_not_split_into_groups(corpus, tmp_path, capsys):
-    groups = ("model.overrides.topk_method=group_limited_greedy", "model.overrides.n_group=3")
-    refused(capsys, pretrain(corpus, tmp_path / "run", *groups), "n_routed_experts = 4", "n_group = 3", "multiple of 3")
+    refused(capsys, pretrain(corpus, tmp_path / "run", "model.overrides.n_group=3"), "n_routed_experts = 4", "n_group = 3", "multiple of 3")
     assert not (tmp_path / "run").exists()
 
 
@@ -102,7 +101,7 @@ def test_a_finished_run_is_not_overwritten(corpus, tmp_path, capsys):
     [
         ("empty.txt", b"  \n", "no document"),
         ("junk.txt", bytes(range(256)) * 64, "junk.txt"),
-        ("latin.txt", "caf\u00e9 ".encode("latin-1") * 9, "byte 3"),
+        ("latin.txt", "caf\u00e9 ".encode("latin-1") * 9, "byte offset 3"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 999)[:-30], "cut.jsonl.gz"),
         ("bad.jsonl", b'{"text": "hello"}\n{"text": \n', "bad.jsonl:2"),
     ],
@@ -119,6 +118,49 @@ def test_tour_of_another_size_or_name(tmp_path, capsys):
     (tmp_path / "tour.json").write_text(json.dumps({"version": 1, "size": "standard", "seed": 0, "threads": 1, "legs": {}}))
     refused(capsys, main(["tour", "--size", "smoke", "--out", str(tmp_path)]), "size = 'standard'", "--no-resume")
     refused(capsys, main(["tour", "--size", "smok", "--out", str(tmp_path)]), "'smok'", "'smoke'")
+
+
+def test_a_tour_touches_no_folder_that_is_not_its_own(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("mine")
+    for options in ([], ["--no-resume"]):
+        refused(capsys, main(["tour", "--size", "smoke", "--out", str(tmp_path), *options]), "holds other things")
+    refused(capsys, main(["tour", "--size", "smoke", "--out", str(tmp_path / "new"), "--seed", "-1"]), "seed")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["data", "data/mine.txt"]
+
+
+def test_resuming_what_is_not_there_or_on_other_data(corpus, tmp_path, capsys):
+    resumed = ["pretrain", "tour-smoke", "run.tokens=2048", "--resume", "--out", str(tmp_path / "run"), "--data"]
+    refused(capsys, main([*resumed, str(corpus)]), "holds no run to resume")
+    assert pretrain(corpus, tmp_path / "run") == 0
+    shutil.copytree(corpus, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "validation")
+    refused(capsys, main([*resumed, str(tmp_path / "data")]), "began with other data")
+    (tmp_path / "run" / "recipe.toml").unlink()
+    refused(capsys, pretrain(corpus, tmp_path / "run"), "belong to an unknown run")
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("learning_rate.decay_points=[60, 90]", "between 0 and 1"),
+        ("batch.initial_sequences=4", "go together"),
+        ("balance.device=0.1", "n_group > 1"),
+        ("model.overrides.vocab_size=640", "the data's tokenizer says 512"),
+        ("model.overrides.hidden_size='256'", "must be a number"),
+        ("run.seq_len=512", "max_position_embeddings = 256"),
+    ],
+)
+def test_values_that_would_be_ignored_or_fail_later(corpus, tmp_path, capsys, override, word):
+    refused(capsys, pretrain(corpus, tmp_path / "run", override), word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_larger_than_the_machine(corpus, tmp_path, capsys):
+    size = ["run.seq_len=64", "model.preset=v2", "model.overrides.max_position_embeddings=64"]
+    code = main(["pretrain", "tour-smoke", *size, "--data", str(corpus), "--out", str(tmp_path / "run")])
+    refused(capsys, code)
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_that_is_none(tmp_path, capsys):

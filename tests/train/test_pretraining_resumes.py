@@ -22,7 +22,8 @@ RECIPE = {
         "preset": "tour",
         "overrides": {
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+            "topk_method": "group_limited_greedy", "max_position_embeddings": 64,
         },
     },
     "run": {"tokens": 3072, "seq_len": 32, "precision": "fp32", "validate_every": 3, "sample_every": 4, "checkpoint_every": 2, "keep": 2},

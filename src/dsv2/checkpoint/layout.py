@@ -135,6 +135,8 @@ def verify_checkpoint(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / _MANIFEST}: format {manifest.get('format')!r} version {manifest.get('version')!r} is not {FORMAT!r} {VERSION}"
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged: it lists no files")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -175,12 +177,11 @@ def latest_checkpoint(path: str | Path) -> Path:
 
 
 def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete step folders, and what a killed process left of others."""
-    kept = checkpoints(run)[-keep:]
-    for path in run.glob("step-*"):
-        if _STEP.fullmatch(path.name) and path not in kept:
-            (path / _MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted folder never counts as complete
-            shutil.rmtree(path)
+    """Delete all but the newest ``keep`` complete step folders, and what a killed process left half deleted; nothing else."""
+    for path in checkpoints(run)[:-keep]:
+        path.rename(run / f".{path.name}.old")  # first, so that a half-deleted folder never counts as complete
+    for path in run.glob(".step-*.old"):
+        shutil.rmtree(path)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

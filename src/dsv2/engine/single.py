@@ -15,6 +15,7 @@ from dsv2.engine.slab import LatentSlab
 from dsv2.kernels import one_token_swiglu
 from dsv2.model.attention import LATENT_NORM_EPS
 from dsv2.model.config import ModelConfig
+from dsv2.model.experts import LocalDispatch, RoutedExperts
 from dsv2.model.layers import SwiGLU
 from dsv2.model.moe import MoE
 from dsv2.model.rope import rotation
@@ -28,6 +29,7 @@ def serves(model: Transformer, slab: LatentSlab) -> bool:
     """Tell whether the single-token path applies: fp32 weights and cache on a CPU, and a model that computes as ``Transformer`` does."""
     tensors = [*model.parameters(), slab.entries]
     plain = type(model).forward is Transformer.forward and type(model).logits is Transformer.logits
+    plain = plain and all(isinstance(m.transport, LocalDispatch) for m in model.modules() if isinstance(m, RoutedExperts))
     return plain and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
 
 

@@ -11,12 +11,14 @@ class Parameters:
 
     Args:
         total: all of them; tied embeddings count once.
-        embedding: of the input embedding; the head is as large.
+        embedding: of the input embedding.
+        head: of the output head; 0 where it is the embedding itself.
         activated: used for one token, everything counted.
     """
 
     total: int
     embedding: int
+    head: int
     activated: int
 
     @property
@@ -27,7 +29,7 @@ class Parameters:
     @property
     def activated_without_embedding_and_head(self) -> int:
         """Activated, neither embedding nor head counted."""
-        return self.activated - 2 * self.embedding
+        return self.activated - self.embedding - self.head
 
 
 def attention_parameters(config: ModelConfig) -> int:
@@ -45,15 +47,16 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """Count the parameters from the shapes alone."""
     c = config
     embedding = c.vocab_size * c.hidden_size
+    head = 0 if c.tie_word_embeddings else embedding
     every_layer = attention_parameters(c) + 2 * c.hidden_size
     dense = 3 * c.hidden_size * c.intermediate_size
     expert = 3 * c.hidden_size * (c.moe_intermediate_size or 0)
     moe_fixed = 3 * c.hidden_size * c.shared_intermediate_size + (c.n_routed_experts or 0) * c.hidden_size
     dense_layers = c.num_hidden_layers - c.num_moe_layers
     common = c.num_hidden_layers * every_layer + dense_layers * dense + c.num_moe_layers * moe_fixed + c.hidden_size
-    total = common + c.num_moe_layers * (c.n_routed_experts or 0) * expert + embedding * (1 if c.tie_word_embeddings else 2)
-    activated = common + c.num_moe_layers * (c.num_experts_per_tok or 0) * expert + embedding * 2
-    return Parameters(total, embedding, activated)
+    total = common + c.num_moe_layers * (c.n_routed_experts or 0) * expert + embedding + head
+    activated = common + c.num_moe_layers * (c.num_experts_per_tok or 0) * expert + embedding + head
+    return Parameters(total, embedding, head, activated)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:

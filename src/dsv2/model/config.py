@@ -42,7 +42,7 @@ class YarnScaling(BaseModel):
 class ModelConfig(BaseModel):
     """Shape and routing of one model; names as in config.json, symbols of the paper in the descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(gt=0, description="rows of the embedding, padded; tokens")
     hidden_size: int = Field(gt=0, description="d")
@@ -63,7 +63,7 @@ class ModelConfig(BaseModel):
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
     n_group: int = Field(default=1, gt=0, description="D, groups (devices) the experts are cut into")
     topk_group: int = Field(default=1, gt=0, description="M, groups a token may reach")
-    routed_scaling_factor: float = Field(default=1.0, description="c_r, multiplies the gates")
+    routed_scaling_factor: float = Field(default=1.0, gt=0, description="c_r, multiplies the gates")
     norm_topk_prob: bool = Field(default=False, description="renormalise the chosen gates to sum 1 (no published V2 does)")
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
@@ -88,13 +88,14 @@ class ModelConfig(BaseModel):
     def _check_routing(self, n_routed_experts: int) -> None:
         if self.num_experts_per_tok is None or self.moe_intermediate_size is None:
             raise ValueError("n_routed_experts is set, so num_experts_per_tok and moe_intermediate_size must be, too")
-        groups, reachable = (self.n_group, self.topk_group) if self.topk_method == "group_limited_greedy" else (1, 1)
+        groups = self.n_group
+        reachable = self.topk_group if self.topk_method == "group_limited_greedy" else groups
         if n_routed_experts % groups:
             raise ValueError(
                 f"n_routed_experts = {n_routed_experts} does not split into n_group = {groups} equal groups: use a multiple of {groups}"
             )
-        if reachable > groups:
-            raise ValueError(f"topk_group = {reachable} exceeds n_group = {groups}")
+        if self.topk_group > groups:
+            raise ValueError(f"topk_group = {self.topk_group} exceeds n_group = {groups}")
         if self.num_experts_per_tok > n_routed_experts // groups * reachable:
             raise ValueError(
                 f"num_experts_per_tok = {self.num_experts_per_tok} exceeds the experts a token can reach:"
@@ -150,7 +151,10 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: an unknown field (the nearest name is given), a value without implementation, or sizes that do not fit together.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: a JSON object was expected, found {type(values).__name__}")
         fields = dict(values)
+        _refuse_wrong_kinds(fields, source)
         if fields.get("model_type", "deepseek_v2") not in _MODEL_TYPES:
             raise ConfigError(
                 f"{source}: model_type = {fields['model_type']!r} is not a DeepSeek-V2 model; allowed: {', '.join(_MODEL_TYPES)}"
@@ -178,6 +182,23 @@ class ModelConfig(BaseModel):
 def yarn_mscale(factor: float, mscale: float) -> float:
     """m(x) = 0.1 x ln s + 1 for s > 1, else 1 (spec 5.2)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _refuse_wrong_kinds(fields: dict[str, Any], source: str) -> None:
+    """Numbers are numbers, blocks are blocks: a config that writes 256 as text or true was not meant for a model."""
+    for name, field in ModelConfig.model_fields.items():
+        value = fields.get(name)
+        number = field.annotation in (int, float, int | None)
+        if number and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{source}: {name} = {value!r} must be a number")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(fields.get(name), dict | None):
+            raise ConfigError(f"{source}: {name} = {fields[name]!r} must be an object or null")
+    if fields.get("rope_parameters") and fields.get("rope_scaling"):
+        raise ConfigError(f"{source}: rope_parameters and rope_scaling are two spellings of one thing; state one")
+    for name in ("qk_nope_head_dim", "qk_rope_head_dim"):
+        if name in fields and fields[name] is None:
+            raise ConfigError(f"{source}: {name} = null must be a number")
 
 
 def _take_fixed(fields: dict[str, Any], source: str) -> None:

@@ -68,6 +68,7 @@ def write_tour_report(
     plan: Sequence[tuple[str, str]],
     legs: Sequence[Leg],
     baselines: Mapping[str, Mapping[str, float]] | None = None,
+    samples: Sequence[Sample] = (),
     next_commands: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write the report of a tour: cards, what was learnt, the plan, where the time went, what to type next.
@@ -80,6 +81,7 @@ def write_tour_report(
         legs: in order, with their seconds.
         baselines: predictor -> domain -> bits per byte, e.g. {"bigram": {"en": 1.9}}; fitted on the same training text; drawn
             beside the model.
+        samples: what the finished model wrote.
         next_commands: (command, what it does).
 
     Raises:
@@ -89,6 +91,7 @@ def write_tour_report(
     baselines = recorded_baselines(metrics) | dict(baselines or {})
     sections: list[Section] = [
         *sections_of(metrics, baselines),
+        *([SampleSection("What the finished model writes", tuple(samples))] if samples else []),
         TableSection("The plan", (), tuple(plan)),
         LegSection("Where the time went", tuple(legs)),
     ]

@@ -43,7 +43,7 @@ class RunSection(Section):
 
     tokens: int = Field(gt=0, description="token budget of the run")
     seq_len: int = Field(gt=0, description="tokens per sequence")
-    seed: int = Field(default=0, ge=0, description="of initial weights and data order")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights and data order")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of matrix products; auto: bf16 where the processor has it"
     )

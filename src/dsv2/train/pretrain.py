@@ -1,5 +1,12 @@
-"""Stage: token shards to a base model (section 3.1)."""
+"""Stage: token shards to a base model (section 3.1).
 
+RUN/recipe.toml    the recipe, resolved      RUN/plan.json      threads, device, fingerprint of the data
+RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
+"""
+
+import hashlib
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from dsv2.checkpoint.layout import checkpoints
 from dsv2.config import Section, dump_toml, load_recipe
 from dsv2.data.loader import Loader
 from dsv2.data.packing import Rows
@@ -23,10 +31,13 @@ from dsv2.progress import MetricsLog, console, table
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.loop import LoopPlan, RunSection, Sample, resume_from, train
 from dsv2.train.losses import BalanceSection
+from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import AdamWSection, make_optimizer
 from dsv2.train.precision import autocast_dtype, make_deterministic, resolve_precision
 from dsv2.train.schedule import BatchSize, LearningRate, check_batch
 from dsv2.train.validation import DomainLoss, validate
+
+RECIPE, PLAN = "recipe.toml", "plan.json"
 
 
 class ModelSection(Section):
@@ -54,7 +65,13 @@ class PretrainRecipe(Section):
         """
         overrides = dict(self.model.overrides)
         if tokenizer is not None:
-            overrides |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            given = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            for name, value in given.items():
+                if overrides.get(name, value) != value:
+                    raise ConfigError(
+                        f"model.overrides.{name} = {overrides[name]!r}; the data's tokenizer says {value}", hint="leave it out"
+                    )
+            overrides |= given
         return preset(self.model.preset, **overrides)
 
 
@@ -65,6 +82,12 @@ class Corpus:
     train: TokenShards
     validation: TokenShards | None
     tokenizer: Tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all the data: equal fingerprints are equal data."""
+        parts = [self.train.fingerprint, self.validation.fingerprint if self.validation else "", self.tokenizer.fingerprint]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
@@ -105,8 +128,11 @@ def run(
     """
     make_deterministic()
     loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
-    if not resume and (out / "recipe.toml").exists():
+    exists = (out / RECIPE).exists()
+    if exists and not resume:
         raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
+    if resume and not exists:
+        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
     pretrain(loaded, Corpus.open(Path(data)), Path(out), tensorboard=tensorboard)
 
 
@@ -124,18 +150,17 @@ def pretrain(
         ConfigError: the recipe does not fit the data, or differs from the one that the run began with.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_batch(recipe.batch)
-    config = recipe.model_config_for(corpus.tokenizer)
-    if recipe.run.seq_len > config.max_position_embeddings:
-        raise ConfigError(f"run.seq_len = {recipe.run.seq_len} exceeds max_position_embeddings = {config.max_position_embeddings}")
-    recipe = _settle(recipe, out, device)
+    config = checked_config(recipe, corpus)
+    keep_freed_memory()
+    recipe = _settled(recipe, corpus, out, device)
+    metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
     plan = LoopPlan(recipe.run, recipe.batch, recipe.learning_rate, recipe.optimizer, recipe.balance, autocast_dtype(recipe.run.precision))
     model = Transformer(config)
     initialise(model, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer)
+    _begin(recipe, corpus, out, device)
     start = resume_from(out, model, optimizer, recipe.run.keep)
-    metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
     metrics.cut_back(start.step if start else 0)
     loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
@@ -149,30 +174,69 @@ def pretrain(
     return model
 
 
-def _settle(recipe: PretrainRecipe, out: Path, device: torch.device) -> PretrainRecipe:
-    """Resolve what depends on the machine and save it; a run that goes on keeps what it began with.
+def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
+    """Return the model's config after checking what a recipe can get wrong against data and machine.
 
     Raises:
-        ConfigError: the run in ``out`` began with another recipe.
+        ConfigError: something does not fit.
+    """
+    check_batch(recipe.batch)
+    config, balance = recipe.model_config_for(corpus.tokenizer), recipe.balance
+    if recipe.run.seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"run.seq_len = {recipe.run.seq_len} exceeds max_position_embeddings = {config.max_position_embeddings}",
+            hint=f"set model.overrides.max_position_embeddings={recipe.run.seq_len}",
+        )
+    if (balance.device or balance.communication) and (config.n_group == 1 or config.num_moe_layers == 0):
+        raise ConfigError(
+            f"balance.device = {balance.device:g}, balance.communication = {balance.communication:g}: both need n_group > 1 and MoE layers"
+        )
+    needed, present = 16 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not torch.cuda.is_available() and needed > present:
+        raise ConfigError(
+            f"weights, gradients and AdamW moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
+            hint="choose a smaller preset, such as nano or small",
+        )
+    return config
+
+
+def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device) -> PretrainRecipe:
+    """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
+
+    Raises:
+        ConfigError: the run in ``out`` began with another recipe or other data, or there are checkpoints without a recipe.
     """
     settled = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, device)})}
     )
-    saved = out / "recipe.toml"
-    if saved.exists():
-        began = load_recipe(str(saved), PretrainRecipe, folder="pretrain")
-        changed = _differences(
-            began.model_dump(), (settled if recipe.run.precision != "auto" else _same_precision(settled, began)).model_dump()
+    if not (out / RECIPE).exists():
+        if checkpoints(out):
+            raise ConfigError(f"{out} holds checkpoints but no {RECIPE}: they belong to an unknown run", hint="choose another --out")
+        return settled
+    began = load_recipe(str(out / RECIPE), PretrainRecipe, folder="pretrain")
+    changed = _differences(
+        began.model_dump(), (settled if recipe.run.precision != "auto" else _same_precision(settled, began)).model_dump()
+    )
+    if changed:
+        hint = "resume with the same recipe, or choose another --out"
+        raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
+    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    if plan["data"] != corpus.fingerprint:
+        raise ConfigError(
+            f"{out} began with other data: {plan['data'][:16]}, now {corpus.fingerprint[:16]}", hint="give the --data it began with"
         )
-        if changed:
-            raise ConfigError(
-                f"{out} began with another recipe; different: {', '.join(changed)}",
-                hint="resume with the same recipe, or choose another --out",
-            )
-        return began
-    atomic_write(saved, dump_toml(settled))
-    atomic_write_json(out / "plan.json", {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device)})
-    return settled
+    if plan["threads"] != torch.get_num_threads():
+        console().print(f"going on with {plan['threads']} threads, as the run began: sums depend on their number", markup=False)
+        torch.set_num_threads(plan["threads"])
+    return began
+
+
+def _begin(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device) -> None:
+    """Save recipe and plan of a run that begins now: last of all preparations, so that a failed start leaves nothing behind."""
+    if not (out / RECIPE).exists():
+        plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": corpus.fingerprint}
+        atomic_write_json(out / PLAN, plan)
+        atomic_write(out / RECIPE, dump_toml(recipe))
 
 
 def _same_precision(recipe: PretrainRecipe, other: PretrainRecipe) -> PretrainRecipe:

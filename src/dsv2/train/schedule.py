@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsv2.config import Section
 from dsv2.errors import ConfigError
@@ -16,6 +16,12 @@ class LearningRate(Section):
     decay_points: tuple[float, ...] = Field(default=(0.6, 0.9), description="shares of the token budget after which the rate is multiplied")
     decay_factor: float = Field(default=0.316, gt=0, le=1, description="factor at each of these points; two of them make a tenth")
 
+    @model_validator(mode="after")
+    def _check(self) -> "LearningRate":
+        if not all(0 < point < 1 for point in self.decay_points) or list(self.decay_points) != sorted(self.decay_points):
+            raise ValueError(f"decay_points = {list(self.decay_points)} must be rising shares of the token budget, between 0 and 1")
+        return self
+
 
 class BatchSize(Section):
     """Sequences per step, rising linearly in consumed tokens."""
@@ -24,6 +30,14 @@ class BatchSize(Section):
     initial_sequences: int | None = Field(default=None, gt=0, description="sequences a step at the start; absent: constant")
     ramp_tokens: int = Field(default=0, ge=0, description="tokens over which the batch grows")
     micro_sequences: int = Field(gt=0, description="sequences in one forward and backward; the batch is a multiple of it")
+
+    @model_validator(mode="after")
+    def _check(self) -> "BatchSize":
+        if (self.initial_sequences is None) != (self.ramp_tokens == 0):
+            raise ValueError("initial_sequences and ramp_tokens go together: state both, or neither")
+        if self.initial_sequences is not None and self.initial_sequences > self.sequences:
+            raise ValueError(f"initial_sequences = {self.initial_sequences} exceeds sequences = {self.sequences}: the batch only grows")
+        return self
 
 
 def learning_rate(schedule: LearningRate, *, step: int, tokens: int, total_tokens: int) -> float:

@@ -62,7 +62,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         raise Dsv2Error(
             f"training diverged: loss {nll / num_labels}, gradient norm {grad_norm}",
-            hint="lower learning_rate.peak, or resume with another seed",
+            hint="lower learning_rate.peak in a new run; the last checkpoint is untouched",
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
