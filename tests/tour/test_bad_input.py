@@ -102,9 +102,10 @@ def test_a_finished_run_is_not_overwritten(corpus, tmp_path, capsys):
         ("empty.txt", b"  \n", "no document"),
         ("junk.txt", bytes(range(256)) * 64, "junk.txt"),
         ("latin.txt", "caf\u00e9 ".encode("latin-1") * 9, "byte offset 3"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 999)[:-30], "cut.jsonl.gz"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 999, mtime=0)[:-30], "cut.jsonl.gz"),
         ("bad.jsonl", b'{"text": "hello"}\n{"text": \n', "bad.jsonl:2"),
     ],
+    ids=["empty", "junk", "latin-1", "cut", "bad-line"],
 )
 def test_damaged_or_empty_text(corpus, tmp_path, capsys, verb, name, content, word):
     (tmp_path / name).write_bytes(content)
