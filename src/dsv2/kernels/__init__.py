@@ -1,6 +1,7 @@
 """One signature per operation that is worth a special implementation, and which implementation runs.
 
-``reference`` defines each operation in plain torch; the others are compared with it.
+``reference`` defines the expert products and the head's loss in plain torch; the fast ones are compared with it. Attention and the movement
+of rows have files of their own beside this one.
 """
 
 from collections.abc import Sequence

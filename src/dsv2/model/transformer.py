@@ -63,7 +63,7 @@ class Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V2 model. Its weights are uninitialised memory until ``initialise`` or a checkpoint fills them."""
+    """A DeepSeek-V2 model. Its weights mean nothing until ``initialise`` or a checkpoint fills them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
