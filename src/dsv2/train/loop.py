@@ -26,6 +26,7 @@ from dsv2.checkpoint.layout import (
 from dsv2.config import Section
 from dsv2.data.batch import Batch
 from dsv2.data.loader import Loader
+from dsv2.errors import CheckpointError
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, bar
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -112,9 +113,16 @@ def train(
         start: where the run stands; None: at its beginning.
         validate: held-out loss per domain.
         sample: texts to show; train/ stands upstream of the engine, so who calls brings it.
+
+    Raises:
+        CheckpointError: the checkpoint consumed another number of sequences than the plan says.
+        Dsv2Error: training diverged.
     """
     steps = plan.steps()
     first = start.step if start else 0
+    expected = sum(steps[first - 1]) if first else 0
+    if start is not None and start.consumed_samples != expected:
+        raise CheckpointError(f"step {first} consumed {start.consumed_samples} sequences; by this run's recipe it is {expected}")
     elapsed, seq_len = (start.elapsed_s if start else 0.0), plan.run.seq_len
     sizes = dict(steps)
     batches = (
