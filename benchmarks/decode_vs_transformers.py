@@ -85,7 +85,8 @@ def main() -> None:
         arguments.tokens, arguments.rounds = 32, 1
     torch.set_num_threads(arguments.threads)
     if arguments.checkpoint:
-        from dsv2.checkpoint.layout import latest_checkpoint, load_model
+        from dsv2.checkpoint.huggingface import load_model
+        from dsv2.checkpoint.layout import latest_checkpoint
         from dsv2.tokenizer.tokenizer import Tokenizer
 
         folder = latest_checkpoint(arguments.checkpoint)

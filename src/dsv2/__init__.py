@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv2.checkpoint.layout import load_model
+    from dsv2.checkpoint.huggingface import load_model
     from dsv2.data.batch import Batch
     from dsv2.data.documents import Document
     from dsv2.engine.engine import Engine
@@ -28,7 +28,7 @@ _HOME = {
     "ModelConfig": "dsv2.model.config",
     "Transformer": "dsv2.model.transformer",
     "preset": "dsv2.presets",
-    "load_model": "dsv2.checkpoint.layout",
+    "load_model": "dsv2.checkpoint.huggingface",
     "Request": "dsv2.engine.request",
     "SamplingParams": "dsv2.engine.request",
     "Output": "dsv2.engine.request",

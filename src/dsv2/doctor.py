@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dsv2 import __version__
 from dsv2.errors import EXTRAS
+from dsv2.machine import available_memory, total_memory
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -47,12 +48,8 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _memory() -> str:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return "unknown"
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return f"{kib['MemAvailable'] * 1024 / 1e9:.1f} GB available of {kib['MemTotal'] * 1024 / 1e9:.1f} GB"
+    available, total = available_memory(), total_memory()
+    return "unknown" if available is None or total is None else f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
 
 
 def _extras() -> Iterator[tuple[str, str]]:

@@ -43,7 +43,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch, reciter: Any, tokenizer: Tokenizer
                 self._runner.model = reciter([*said, tokenizer.eos_id], prompt_len=len(request.tokens))
                 super().add(request)
 
-        monkeypatch.setattr(terminal, "open_engine", lambda path: Recording(reciter([0]), tokenizer, max_batch=1, **settings))
+        monkeypatch.setattr(terminal, "open_engine", lambda path, dtype: Recording(reciter([0]), tokenizer, max_batch=1, **settings))
         return requests
 
     return install

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dsv2.checkpoint.huggingface import to_huggingface
-from dsv2.checkpoint.layout import load_model
+from dsv2.checkpoint.huggingface import load_model, write_model
+from dsv2.checkpoint.source import ModelSource
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_write_json
 from dsv2.model.config import ModelConfig
@@ -24,16 +24,13 @@ TOKENS = [[0, 5, 17, 99, 5, 2, 64, 127, 3, 3]]
 def test_published_names_and_values(name):
     config = CONFIGS[name]
     state = random_state(config)
-    published = to_huggingface(dict(our_model(state, config).state_dict()), ModelConfig.from_dict(config))
-    assert published.keys() == state.keys()
-    assert all(torch.equal(published[key], tensor) for key, tensor in state.items())
+    source = ModelSource(our_model(state, config, torch.float32))
+    assert source.specs.keys() == state.keys()
+    assert all(torch.equal(source.read(key), tensor.float()) for key, tensor in state.items())
 
 
 def save_ours(folder, state, config):
-    model = our_model(state, config, torch.float32)
-    published = to_huggingface(dict(model.state_dict()), model.config)
-    save_file({name: tensor.contiguous() for name, tensor in published.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    atomic_write_json(folder / "config.json", model.config.to_dict())
+    write_model(folder, ModelSource(our_model(state, config, torch.float32)))
 
 
 @pytest.mark.parametrize("name", ["lite", "v2", "v2.5", "tied-head"])

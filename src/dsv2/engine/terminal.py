@@ -10,14 +10,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
-from dsv2.checkpoint.layout import latest_checkpoint, load_model
+import torch
+
+from dsv2.checkpoint.huggingface import fitting_dtype, load_model
+from dsv2.checkpoint.layout import latest_checkpoint
 from dsv2.engine.engine import Engine
 from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.errors import DataError, Dsv2Error, RequestError
 from dsv2.progress import console
 from dsv2.tokenizer.chat import Template, render, stop_ids
 from dsv2.tokenizer.tokenizer import Tokenizer
+
+Dtype = Literal["auto", "fp32", "bf16", "int8"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 HELP = """\
 /help   this list
@@ -35,6 +42,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    dtype: Dtype = "auto",
     as_json: bool = False,
 ) -> None:
     """Continue a text on stdout as it is drawn; speeds go to stderr at the end.
@@ -44,6 +52,7 @@ def generate(
         prompt: the text; "-" reads it from stdin, without its last newline.
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
         temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``.
+        dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
         as_json: print one JSON object at the end instead of the text as it comes.
 
     Raises:
@@ -51,7 +60,7 @@ def generate(
         RequestError: a parameter is out of range, or the prompt fills the context.
     """
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = open_engine(path)
+    engine = open_engine(path, dtype)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
     if room < 1:
@@ -78,6 +87,7 @@ def chat(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model, line by line; from a pipe each line of stdin is a user's turn and stdout holds the answers alone.
 
@@ -91,6 +101,7 @@ def chat(
         max_tokens: most tokens of an answer.
         temperature: see ``SamplingParams``, also for ``top_k`` and ``top_p``.
         seed: of the first answer; each later one adds 1.
+        dtype: as for ``generate``.
 
     Raises:
         CheckpointError: no checkpoint is there.
@@ -98,7 +109,7 @@ def chat(
         RequestError: a parameter is out of range.
     """
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = open_engine(path)
+    engine = open_engine(path, dtype)
     conversation = Conversation(engine, params, system=system, template=template)
     if sys.stdin.isatty():
         _say("/help lists what you can type")
@@ -118,10 +129,14 @@ def chat(
                 _say(f"error: {error}")
 
 
-def open_engine(path: str | Path) -> Engine:
+def open_engine(path: str | Path, dtype: Dtype = "auto") -> Engine:
     """Load the model and tokenizer of a checkpoint, a run or a tour, for one request at a time."""
     folder = latest_checkpoint(path)
-    return Engine(load_model(folder), Tokenizer.load(folder), max_batch=1)
+    tokenizer = Tokenizer.load(folder)
+    chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]
+    if dtype == "auto" and chosen not in (torch.float32, None):
+        _say(f"the model is held in {str(chosen).removeprefix('torch.')}: fp32 does not fit in memory; --dtype chooses")
+    return Engine(load_model(folder, dtype=chosen), tokenizer, max_batch=1)
 
 
 @dataclass(frozen=True, slots=True)

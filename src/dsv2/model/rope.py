@@ -18,10 +18,10 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, " pairs"]:
     """Return theta_j in radians per token, fp32, one per pair; with YaRN the slow ones are divided by its factor.
 
     fp32 throughout, as DeepSeek trained: at position 100,000 the rounding of theta_j already turns a pair by 0.006 rad, so a "better" fp64
-    table would be another function.
+    table would be another function. Always on the CPU, so that a model laid out on the meta device has them.
     """
     dim = config.qk_rope_head_dim
-    theta = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    theta = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     if config.rope_scaling is None:
         return theta
     ramp = yarn_ramp(config.rope_scaling, dim, config.rope_theta)
@@ -41,7 +41,7 @@ def yarn_ramp(yarn: YarnScaling, dim: int, theta: float) -> Float[Tensor, " pair
     high = float(min(math.ceil(dimension_of(yarn.beta_slow)), dim - 1))
     if high == low:
         high += 0.001  # a step instead of a division by zero
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
 
 
 def rotation(positions: Int[Tensor, "batch tokens"], frequencies: Float[Tensor, " pairs"], scale: float) -> Rotation:

@@ -14,15 +14,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from dsv2.checkpoint.layout import (
-    TrainingState,
-    checkpoints,
-    load_model,
-    load_training,
-    remove_old,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from dsv2.checkpoint.folder import open_folder
+from dsv2.checkpoint.huggingface import fill_model
+from dsv2.checkpoint.layout import TrainingState, checkpoints, load_training, remove_old, save_checkpoint
+from dsv2.checkpoint.manifest import verify_manifest
+from dsv2.checkpoint.source import FolderSource
 from dsv2.config import Section
 from dsv2.data.batch import Batch
 from dsv2.data.loader import Loader
@@ -80,8 +76,8 @@ def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimiz
     if not found:
         return None
     remove_old(folder, keep)
-    verify_checkpoint(found[-1])
-    model.load_state_dict(load_model(found[-1]).state_dict())
+    verify_manifest(found[-1])
+    fill_model(model, FolderSource(open_folder(found[-1])))
     state = load_training(found[-1])
     restore_optimizer(model, optimizer, state.optimizer)
     return state

@@ -1,0 +1,47 @@
+"""manifest.json: the hash of every file of a folder, written last. A folder that has one is whole. Without torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dsv2.checkpoint.folder import read_json
+from dsv2.errors import CheckpointError
+from dsv2.files import atomic_write_json, sha256_of
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "dsv2-checkpoint", 1
+
+
+def write_manifest(folder: Path) -> None:
+    """Hash every file of a folder and write the manifest: the mark that nothing is missing."""
+    hashes = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    atomic_write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": hashes})
+
+
+def verify_manifest(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Compare a folder's files with its manifest's hashes.
+
+    Args:
+        folder: holds a manifest.json.
+        wanted: tells by relative name which files to compare.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged, or a file is missing or differs.
+    """
+    manifest = read_json(folder / MANIFEST)
+    found = manifest.get("format"), manifest.get("version")
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(f"{folder / MANIFEST}: format {found[0]!r} version {found[1]!r} is not {FORMAT!r} {VERSION}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no files")
+    for name in filter(wanted, files):
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, which is not in its folder")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if (hashed := sha256_of(file)) != files[name]:
+            raise CheckpointError(
+                f"{file} is damaged: its hash is {hashed[:12]}, the manifest says {files[name][:12]}",
+                hint="use another step folder or copy; if you changed the file yourself, remove manifest.json",
+            )
