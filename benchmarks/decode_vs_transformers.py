@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.checkpoint:
         from dsv2.checkpoint.huggingface import load_model
-        from dsv2.checkpoint.layout import latest_checkpoint
+        from dsv2.checkpoint.steps import latest_checkpoint
         from dsv2.tokenizer.tokenizer import Tokenizer
 
         folder = latest_checkpoint(arguments.checkpoint)

@@ -1,13 +1,14 @@
 """What a run says while it works: tables and progress bars on stderr, metrics as JSON lines beside the checkpoints.
 
-Rank-aware through the environment variable RANK, which torchrun sets: only rank 0 speaks and writes. Data never goes through here;
-it belongs on stdout.
+Rank-aware through the environment variable RANK, which torchrun sets: only rank 0 speaks and writes. Data belongs on stdout and does not
+go through here, but for the tables of a verb whose answer they are.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LINE_INTERVAL_S = 10.0  # between two plain progress lines where stderr is no terminal
+PIPE_WIDTH = 100  # of a table on stdout that is no terminal, in characters
 
 
 def is_main_rank() -> bool:
@@ -46,15 +49,36 @@ def _console(speaks: bool) -> Console:
     return Console(stderr=True, quiet=not speaks, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on stderr; cells are shown as ``str`` gives them, numbers to the right, ``[`` without meaning."""
-    shown = Table(title=Text(title), title_justify="left", show_edge=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = (), stdout: bool = False) -> None:
+    """Print a table on stderr; cells are shown as ``str`` gives them, numbers to the right, ``[`` without meaning.
+
+    Args:
+        title: line above it.
+        columns: their names.
+        rows: as many cells each as there are columns.
+        right: columns of texts that read as numbers.
+        stdout: the table is what was asked for, data and no message; 100 characters wide where that is no terminal.
+    """
+    shown = Table(title_justify="left", show_edge=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
-        shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(Text(column), justify="right" if numeric or column in right else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
-    console().print(shown)
+    if stdout:
+        _print_data(title, shown)
+    else:
+        shown.title = Text(title)
+        console().print(shown)
+
+
+def _print_data(title: str, shown: Table) -> None:
+    """Print a table on stdout, indented below its title, without blanks at the ends of lines."""
+    data = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    with data.capture() as captured:
+        data.print(Text(title, style="bold"))
+        data.print(Padding(shown, (0, 0, 0, 2)))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 # Progress ---------------------------------------------------------------------------------------------------------------------------
@@ -88,6 +112,26 @@ def bar(total: int | None, description: str, *, unit: str, done: int = 0) -> Ite
             yield lines
         finally:
             lines.finish()
+
+
+@contextmanager
+def transfer_bar(total_bytes: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Show bytes being moved, with their speed in GB/s; the block is given a function to tell how many more were.
+
+    A transfer of less than a gigabyte is over before anybody asks, and shows nothing.
+    """
+    if total_bytes < 10**9:
+        yield lambda num_bytes: None
+        return
+    started, done = monotonic(), 0
+    with bar(total_bytes // 10**6, description, unit="MB") as shown:
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            before, done = done, done + num_bytes
+            shown.advance(done // 10**6 - before // 10**6, GB_per_s=done / 1e9 / max(monotonic() - started, 1e-3))
+
+        yield advance
 
 
 class _SilentBar:

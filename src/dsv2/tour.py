@@ -26,7 +26,7 @@ import torch
 
 from dsv2.assets import corpus_path
 from dsv2.checkpoint.huggingface import load_model
-from dsv2.checkpoint.layout import latest_checkpoint
+from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.config import load_recipe
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare

@@ -27,8 +27,10 @@ SHORT = {
     "pretrain": "nano --data d --out o",
     "generate": "run --prompt hi",
     "chat": "run",
+    "convert": "m --out o",
     "report": "run --out r.html",
     "info": "v2",
+    "plan": "train v2",
     "doctor": "",
 }
 FULL = {
@@ -36,10 +38,12 @@ FULL = {
     "tokenizer": "a.txt - --out o --vocab-size 512 --invalid-utf8 replace",
     "prepare": "a.txt b --tokenizer t --out o --domain en --invalid-utf8 replace",
     "pretrain": "nano a.b=1 --data d c=x --out o --resume --tensorboard",
-    "generate": "run --prompt - --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --json",
-    "chat": "run --system hi --template v2 --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7",
+    "generate": "run --prompt - --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype int8 --json",
+    "chat": "run --system hi --template v2 --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype bf16",
+    "convert": "merge a b --out o --to hf --dtype bf16 --weights 0.25,0.75 --max-shard-gb 1",
     "report": "a b --out r.html",
-    "info": "run --json",
+    "info": "run --tensors --json",
+    "plan": "serve run gpus=4 cache_bits=8 --search --out p.png --json",
     "doctor": "",
 }
 
@@ -129,7 +133,7 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
             "invalid value for '--prompt': not UTF-8 text at character 1",
             "run: dsv2 generate --help",
         ),
-        (["chat", "x", "--template", "v3"], "invalid value for '--template': 'v3' is not one of 'v2.5', 'v2'", "run: dsv2 chat --help"),
+        (["chat", "x", "--template", "v3"], "invalid value for '--template': 'v3' is not one of 'v2', 'v2.5'", "run: dsv2 chat --help"),
         (["--loud"], "no such option: --loud", "run: dsv2 --help"),
     ],
 )
@@ -149,7 +153,7 @@ def test_a_stage_gets_its_arguments_and_torch_its_variable(stage: Callable[[str,
 
     stage("info", fake)
     assert main(["info", "v2"]) == 0
-    assert seen == {"target": "v2", "as_json": False, "thp": "1"}
+    assert seen == {"target": "v2", "tensors": False, "as_json": False, "thp": "1"}
     stage("info", lambda **_: 3)
     assert main(["info", "v2"]) == 3
 

@@ -70,18 +70,18 @@ def test_full_disk_leaves_the_last_checkpoint(corpus, tmp_path, capsys, monkeypa
     run = tmp_path / "run"
     import dsv2.checkpoint.layout as layout
 
-    real = layout.save_file
+    real = layout.save_tensors
 
-    def full(tensors, path, **options):
+    def full(path, tensors):
         if "step-4" not in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(tensors, path, **options)
+        real(path, tensors)
 
-    monkeypatch.setattr(layout, "save_file", full)
+    monkeypatch.setattr(layout, "save_tensors", full)
     monkeypatch.setattr(files.os, "fsync", lambda handle: None)
     refused(capsys, pretrain(corpus, run, "run.tokens=6144"), "disk is full", "free some space")
     assert sorted(path.name for path in run.glob("*step*")) == ["step-4"]
-    monkeypatch.setattr(layout, "save_file", real)
+    monkeypatch.setattr(layout, "save_tensors", real)
     resumed = ["pretrain", "tour-smoke", "run.tokens=6144", "--data", str(corpus), "--out", str(run), "--resume"]
     assert main(resumed) == 0
     assert (run / "step-12" / "manifest.json").is_file()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv2.checkpoint.huggingface import load_model
-from dsv2.checkpoint.layout import checkpoints, latest_checkpoint
+from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.data.documents import Document
 from dsv2.data.prepare import prepare
 from dsv2.errors import CheckpointError, DataError, Dsv2Error

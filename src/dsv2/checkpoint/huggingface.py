@@ -106,7 +106,7 @@ def fill_model(model: Transformer, source: Source) -> None:
 def write_model(folder: Path, source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and the weights of a source into a folder that exists, shards with an index where one file would be too large."""
     dtype = source.specs["model.embed_tokens.weight"].dtype
-    config = source.config.to_dict() | {"torch_dtype": _NAMES[dtype]}
+    config = source.config.to_dict(torch_dtype=_NAMES[dtype])
     atomic_write_json(folder / "config.json", config | ({"quantization_config": INT8} if is_int8(source) else {}))
     shards = plan_shards(source.specs, max_shard_bytes)
     total = _size(source)

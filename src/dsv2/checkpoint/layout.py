@@ -9,8 +9,6 @@ The folder is filled under a hidden name, synced and renamed, so ``step-400`` ei
 pickled and nothing in it is executed.
 """
 
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +16,14 @@ from pathlib import Path
 from torch import Tensor
 
 from dsv2.checkpoint.folder import read_json
-from dsv2.checkpoint.hub import fetch_model, is_model_id
 from dsv2.checkpoint.huggingface import write_model
-from dsv2.checkpoint.manifest import MANIFEST, write_manifest
+from dsv2.checkpoint.manifest import write_manifest
 from dsv2.checkpoint.source import ModelSource, load_tensors, save_tensors
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_folder, atomic_write_json
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
-
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,40 +85,3 @@ def load_training(folder: Path) -> TrainingState:
         return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer)
     except KeyError as error:
         raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: {error} is missing") from error
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return a run's complete step folders, oldest first."""
-    found = [
-        (int(match.group(1)), path) for path in run.glob("step-*") if (match := _STEP.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that ``path`` means: itself, a run's newest step, the newest step of a tour, or a model id's copy.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if is_model_id(path):
-        return fetch_model(str(path))
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    for run in (path, path / "pretrain"):
-        steps = checkpoints(run)
-        if steps:
-            return steps[-1]
-    raise CheckpointError(
-        f"{path} holds no checkpoint: neither config.json nor a complete step-N folder",
-        hint="make one with `dsv2 tour --out DIR` or `dsv2 pretrain`",
-    )
-
-
-def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete step folders, and what a killed process left half deleted; nothing else."""
-    for path in checkpoints(run)[:-keep]:
-        path.rename(run / f".{path.name}.old")  # first, so that a half-deleted folder never counts as complete
-    for path in run.glob(".step-*.old"):
-        shutil.rmtree(path)

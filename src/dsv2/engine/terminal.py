@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
-from dsv2.checkpoint.layout import latest_checkpoint
+from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.engine import Engine
 from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.errors import DataError, Dsv2Error, RequestError

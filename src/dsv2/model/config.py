@@ -165,8 +165,8 @@ class ModelConfig(BaseModel):
         _take_rope(fields, source)
         return _validated(cls, fields, source)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of a config.json as DeepSeek writes it."""
+    def to_dict(self, *, torch_dtype: str = "bfloat16") -> dict[str, Any]:
+        """Return the content of a config.json as DeepSeek writes it; ``torch_dtype`` is that of the weights beside it."""
         values = self.model_dump()
         values["num_key_value_heads"] = self.num_attention_heads
         values |= {name: value for name, value in _FIXED.items() if name not in ("mlp_bias", "output_router_logits", "rope_interleave")}
@@ -174,7 +174,7 @@ class ModelConfig(BaseModel):
             "architectures": ["DeepseekV2ForCausalLM"],
             "model_type": "deepseek_v2",
             **values,
-            "torch_dtype": "float32",
+            "torch_dtype": torch_dtype,
             "use_cache": True,
         }
 

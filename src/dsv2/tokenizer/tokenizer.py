@@ -19,7 +19,8 @@ from dsv2.errors import ConfigError, DataError
 from dsv2.files import atomic_write, atomic_write_json
 from dsv2.tokenizer.chat import Template, chat_template
 from dsv2.tokenizer.pretokenize import byte_characters, require_unicode
-from dsv2.tokenizer.specials import ASSISTANT, BOS, EOS
+from dsv2.tokenizer.recognise import recognise, template_text
+from dsv2.tokenizer.specials import BOS, EOS
 
 # Rows of the embedding: a multiple of this, so that every matrix splits evenly over devices and tiles.
 VOCAB_MULTIPLE = 128
@@ -83,7 +84,7 @@ class Tokenizer:
             tokenizer = cls(file.read_bytes(), vocab_size=vocab_size)
         except DataError as error:
             raise DataError(f"{file}: {error.message}", hint=error.hint) from error
-        tokenizer.template = _recognise(settings.get("chat_template"), tokenizer.special_ids)
+        tokenizer.template = recognise(template_text(file.parent, settings)[0], tokenizer.special_ids)
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
@@ -269,15 +270,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{file} holds a {type(value).__name__}, expected an object")
     return value
-
-
-def _recognise(text: Any, special_ids: dict[str, int]) -> Template | None:
-    """Tell which template a published chat_template is; without one, the markers tell what the model can use."""
-    if not isinstance(text, str):
-        return "v2.5" if ASSISTANT in special_ids else "v2"
-    if ASSISTANT in text:
-        return "v2.5"
-    return "v2" if "Assistant:" in text else None
 
 
 def _spans(texts: Sequence[str]) -> Iterable[tuple[int, int]]:

@@ -16,9 +16,10 @@ from pydantic import Field
 
 from dsv2.checkpoint.folder import open_folder
 from dsv2.checkpoint.huggingface import fill_model
-from dsv2.checkpoint.layout import TrainingState, checkpoints, load_training, remove_old, save_checkpoint
+from dsv2.checkpoint.layout import TrainingState, load_training, save_checkpoint
 from dsv2.checkpoint.manifest import verify_manifest
 from dsv2.checkpoint.source import FolderSource
+from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.config import Section
 from dsv2.data.batch import Batch
 from dsv2.data.loader import Loader

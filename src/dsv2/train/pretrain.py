@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from dsv2.checkpoint.layout import checkpoints
+from dsv2.checkpoint.steps import checkpoints
 from dsv2.config import Section, dump_toml, load_recipe
 from dsv2.data.loader import Loader
 from dsv2.data.packing import Rows
