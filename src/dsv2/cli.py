@@ -44,8 +44,10 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": Verb("dsv2.engine.terminal:generate", "Continue a prompt.", "run the same command again"),
     "chat": Verb("dsv2.engine.terminal:chat", "Talk to a model in the terminal.", "run the same command again"),
+    "convert": Verb("dsv2.checkpoint.convert:run", "Change a model's dtype or files; GGUF; merge."),
     "report": Verb("dsv2.report:run", "Write the curves and samples of runs into one HTML file."),
     "info": Verb("dsv2.info:run", "Count a model's parameters, FLOPs and cache bytes.", "run the same command again"),
+    "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
 
@@ -164,6 +166,9 @@ MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to produc
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
 TopK = Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: from all.")]
 TopP = Annotated[float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up probability P.")]
+Held = Annotated[
+    Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="Of the weights in memory; auto: the first of fp32, bf16, int8 that fits.")
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")]
 
 
@@ -239,11 +244,12 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    dtype: Held = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
 ) -> Call:
     """Streams the continuation to stdout."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return Call("generate", {"path": path, "prompt": prompt, **sampling, "as_json": json})
+    return Call("generate", {"path": path, "prompt": prompt, **sampling, "dtype": dtype, "as_json": json})
 
 
 @_verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")
@@ -253,17 +259,52 @@ def chat(
         str | None, typer.Option(metavar="TEXT", callback=_text, help="What the model is told before the conversation.")
     ] = None,
     template: Annotated[
-        Literal["v2.5", "v2"] | None, typer.Option(help="How a conversation is written; without it as the tokenizer says.")
+        Literal["v2", "v2.5"] | None, typer.Option(help="How a conversation is written; without it as the tokenizer says.")
     ] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    dtype: Held = "auto",
 ) -> Call:
     """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return Call("chat", {"path": path, "system": system, "template": template, **sampling})
+    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype})
+
+
+@_verb(
+    "deepseek-ai/DeepSeek-V2-Lite --dtype int8 --out v2-lite-int8",
+    "runs/nano --out nano",
+    "runs/nano --dtype q8_0 --out nano.gguf",
+    "merge chat/ coder/ --weights 0.5,0.5 --out merged",
+    "random:v2-lite --out random-v2-lite",
+)
+def convert(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[merge] SOURCE...", help="A model folder, run, tour, model id on the hub, or random:PRESET; several after 'merge'."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR|FILE.gguf", help="Folder or GGUF file to write.")],
+    to: Annotated[Literal["hf", "gguf"] | None, typer.Option(help="Form of the result; without it FILE.gguf means gguf.")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16", "int8", "q8_0", "q4_0"] | None,
+        typer.Option(help="Of the weights; without it as they are (gguf: bf16). int8: folders; q8_0, q4_0: GGUF."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W,W", help="Of a merge, with the sum 1; without it equal.")] = None,
+    max_shard_gb: Annotated[float, typer.Option(metavar="GB", help="Largest file of a folder, 1e9 bytes.")] = 5.0,
+) -> Call:
+    """Streams tensor by tensor, so a model larger than memory is converted too. The result is a folder that transformers and vLLM read
+    (int8: dsv2 alone), or a GGUF file for llama.cpp. A merge is the plain weighted mean, which is ours: V2.5's method is not public.
+    """
+    try:
+        parts = None if weights is None else [float(part) for part in weights.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--weights = {weights!r} must be numbers with commas between them") from error
+    arguments = {"targets": sources, "out": out, "to": to, "dtype": dtype, "weights": parts, "max_shard_gb": max_shard_gb}
+    return Call("convert", arguments)
 
 
 @_verb("runs/nano --out report.html", "runs/a runs/b --out compare.html")
@@ -275,13 +316,36 @@ def report(
     return Call("report", {"runs": runs, "out": out})
 
 
-@_verb("v2", "runs/nano --json")
+@_verb("v2", "runs/nano", "v2 --tensors", "v2-lite --json")
 def info(
-    target: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A checkpoint, a run, a config.json, or a preset's name.")],
+    target: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A model folder, a run, a tour, a config.json, or a preset's name.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shape instead; with --json as well.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> Call:
-    """Exact arithmetic, no weights are read: total and active parameters, FLOPs per token, bytes of cache per token."""
-    return Call("info", {"target": target, "as_json": json})
+    """Exact arithmetic with its formulas, no weights are read: parameters, cache, memory, context, and what the model can do."""
+    return Call("info", {"target": target, "tensors": tensors, "as_json": json})
+
+
+@_verb(
+    "train v2",
+    "train v2 pp=8 dp=32 recompute=full",
+    "train v2 --search gpus=1024 --out scaling.png",
+    "serve v2",
+    "serve v2-lite hardware=a100 gpus=1 cache_bits=8 --json",
+)
+def plan(
+    what: Annotated[Literal["train", "serve"], typer.Argument(metavar="train|serve", help="What to plan.")],
+    target: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A model folder, a run, a tour, a config.json, or a preset's name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Hardware, layout, traffic; docs/plan.md.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Try every layout, keep what KEY=VALUE states, explain the best.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|DIR", help="Draw: training from 8 to 16,384 GPUs, or serving by context.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> Call:
+    """Memory, bubble, all-to-all, MFU, GPU-hours; or cache, requests, tokens/s, price: how each comes about, and what it assumes."""
+    arguments = {"what": what, "target": target, "overrides": overrides or [], "search": search, "out": out, "as_json": json}
+    return Call("plan", arguments)
 
 
 @_verb("")

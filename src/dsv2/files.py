@@ -72,26 +72,49 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _leftovers(path: Path) -> list[Path]:
+    """Return the temporary files and folders that killed processes left when they wrote ``path``."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
+    return [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file beside it, synced, then renamed over it.
 
     Raises:
         DataError: the disk is full or may not be written, or a folder is in the way.
     """
-    payload = data.encode() if isinstance(data, str) else data
+    with atomic_file(path, clear=False) as temporary:  # small, and several processes may write it
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path, *, clear: bool = True) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` to fill; sync it and rename it over ``path`` when the block ends well, else remove it.
+
+    Args:
+        path: the file to write.
+        clear: first remove what a process killed inside the block left for the same path; only where no other may be writing it.
+
+    Raises:
+        DataError: the disk is full or may not be written, or a folder is in the way.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if clear:
+            for stale in _leftovers(path):
+                stale.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
             _sync(path.parent)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -119,10 +142,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise DataError(f"{path} is a file, and a folder is to be written there", hint="choose another folder with --out")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
-        for stale in path.parent.iterdir():
-            if ours.fullmatch(stale.name):
-                shutil.rmtree(stale, ignore_errors=True)
+        for stale in _leftovers(path):
+            shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary

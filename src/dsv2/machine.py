@@ -57,5 +57,5 @@ def require_disk(num_bytes: int, path: Path) -> None:
     if num_bytes > free:
         raise DataError(
             f"{path} takes {num_bytes / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free",
-            hint="free some space, choose another folder with --out, or a smaller dtype",
+            hint="free some space, choose another place with --out, or a smaller dtype",
         )

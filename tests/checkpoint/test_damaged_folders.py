@@ -339,4 +339,3 @@ def test_damage_is_refused_or_harmless(base: str, bases: dict[str, Path], tmp_pa
     count = FOLDERS // len(BASES)
     refused = sum(damaged(number, bases[base], tmp_path / "damaged") for number in range(count))
     assert refused > 0.7 * count, f"only {refused} of {count} were refused: the damage does none"
-

@@ -10,21 +10,21 @@ SOURCE = Path(__file__).parents[2] / "src" / "dsv2"
 
 # The river, upstream first. A name is a folder of src/dsv2 or a file in it; names of one line may import each other.
 RIVER = [
-    {"errors", "files", "config", "progress", "assets", "recipes"},
+    {"errors", "files", "machine", "config", "progress", "assets", "recipes"},
     {"tokenizer"},
     {"data"},
     {"kernels"},
     {"model"},
+    {"presets"},
     {"parallel"},
     {"checkpoint"},
-    {"presets"},
     {"train"},
     {"engine"},
     {"tasks"},
     {"rl"},
     {"server"},
     {"evaluation"},
-    {"reproduce", "report", "info", "tour", "doctor"},
+    {"reproduce", "report", "info", "plan", "tour", "doctor"},
     {"cli"},  # reaches the stages through strings
     {"__main__", "__init__"},
 ]

@@ -14,10 +14,15 @@ SOURCE = Path(__file__).parents[2] / "src" / "dsv2"
 
 # Files and folders of src/dsv2 that promise to work without torch; those that do not exist yet are passed over.
 TORCH_FREE = [
-    "__init__.py", "__main__.py", "errors.py", "files.py", "config.py", "progress.py", "cli.py", "doctor.py", "presets.py",
+    "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "cli.py", "doctor.py", "presets.py",
     "assets", "tokenizer", "data/documents.py", "data/shards.py", "data/packing.py", "data/prepare.py", "model/config.py",
-    "model/accounting.py", "engine/request.py", "engine/blocks.py", "engine/scheduler.py", "tasks/sandbox.py", "tasks/answers.py",
-    "server/protocol.py",
+    "model/accounting.py", "checkpoint/names.py", "checkpoint/shard.py", "checkpoint/folder.py",
+    "checkpoint/hub.py", "checkpoint/manifest.py", "checkpoint/steps.py",
+    "engine/request.py", "engine/blocks.py", "engine/scheduler.py", "tasks/sandbox.py", "tasks/answers.py",
+    "server/protocol.py", "model/yardstick.py", "info",
+    "parallel/__init__.py", "parallel/hardware.py", "parallel/routing.py", "parallel/schedules.py", "parallel/layout.py",
+    "parallel/memory.py", "parallel/simulate.py", "parallel/served.py", "parallel/serving.py", "parallel/fit.py", "parallel/search.py",
+    "plan",
 ]  # fmt: skip
 
 PROGRAM = """
@@ -87,6 +92,8 @@ def test_no_torch_before_a_stage_runs() -> None:
     lines: list[tuple[list[str], int]] = [([], 0), (["--help"], 0), (["--version"], 0), (["no-such-verb"], 2)]
     for verb in VERBS:
         lines += [([verb, "--help"], 0), ([verb, "--no-such-option"], 2)]
+    lines += [(["info", "v2"], 0), (["info", "v2-lite", "--tensors", "--json"], 0), (["info", "no-such-preset"], 2)]
+    lines += [(["plan", "train", "v2"], 0), (["plan", "serve", "v2", "--json"], 0), (["plan", "train", "v2", "pq=1"], 2)]
     names = modules(TORCH_FREE)
     assert {"dsv2", "dsv2.cli", "dsv2.config", "dsv2.errors"} <= set(names)
     assert without_torch(names, lines) == {"failures": {}, "torch": []}

@@ -125,11 +125,11 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index} is damaged: weight_map must map tensor names to files")
+    for name, file_name in placed.items():
+        if not _is_plain(file_name):
+            raise CheckpointError(f"{index}: tensor {name!r} lies in {file_name!r}; only a .safetensors file of the same folder is read")
     entries: dict[str, TensorEntry] = {}
-    for file_name in dict.fromkeys(map(_plain_name, placed.values())):
-        if file_name is None:
-            bad = next((name, value) for name, value in placed.items() if _plain_name(value) is None)
-            raise CheckpointError(f"{index}: tensor {bad[0]!r} lies in {bad[1]!r}; only a .safetensors file of the same folder is read")
+    for file_name in dict.fromkeys(placed.values()):
         for name, entry in read_header(index.parent / file_name).items():
             if placed.get(name) != file_name:
                 seen = placed.get(name, "nowhere")
@@ -141,10 +141,10 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _plain_name(value: Any) -> str | None:
-    """Return a file name that stays inside the folder, or None."""
-    plain = isinstance(value, str) and value.endswith(".safetensors") and value.isprintable() and not set(value) & set("/\\:")
-    return value if plain and not value.startswith(".") else None
+def _is_plain(file_name: Any) -> bool:
+    """Tell whether a file name stays inside the folder."""
+    plain = isinstance(file_name, str) and file_name.endswith(".safetensors") and file_name.isprintable()
+    return plain and not file_name.startswith(".") and not set(file_name) & set("/\\:")
 
 
 def _require_same_tensors(path: Path, entries: Mapping[str, TensorEntry], expected: Mapping[str, Shape]) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float32).tiny  # a smaller scale has fewer bits, and values / scale could round to 128
 _PIECE = 1 << 22  # elements widened to fp32 at a time: 16 MB beside the weight, however large it is
 
 
@@ -21,12 +22,11 @@ def quantize_rows(weight: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     rows = max(1, _PIECE // weight.shape[1])
     for piece, out, scale in zip(weight.split(rows), values.split(rows), scales.split(rows), strict=True):
-        wide = piece.float()
-        largest = torch.linalg.vector_norm(wide, ord=float("inf"), dim=1)
+        largest = piece.abs().amax(dim=1).float()  # a NaN comes out as one
         if not torch.isfinite(largest).all():
             raise ValueError("a value is not finite")
-        scale.copy_(torch.where(largest > 0, largest / 127, 1.0))
-        out.copy_((wide / scale.unsqueeze(1)).round_().clamp_(-127, 127))  # clamp: a subnormal scale rounds up to more than 127
+        scale.copy_(torch.where(largest > 0, (largest / 127).clamp_min_(_TINY), 1.0))
+        out.copy_((piece / scale.unsqueeze(1)).round_())
     return values, scales
 
 

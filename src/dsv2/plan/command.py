@@ -1,0 +1,65 @@
+"""The verb: finds the model, reads the options, hands over to training or serving."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dsv2.errors import ConfigError
+from dsv2.info.target import find_target
+from dsv2.plan.serve import plan_serve
+from dsv2.plan.sheet import Answer, show
+from dsv2.plan.train import plan_train
+
+
+def run(
+    what: Literal["train", "serve"],
+    target: str,
+    overrides: Sequence[str] = [],
+    search: bool = False,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Plan training or serving, and print memory, times, cost and what they assume.
+
+    Args:
+        what: which of both.
+        target: a preset, a config.json, a model folder, a run or a tour.
+        overrides: KEY=VALUE of ``TrainOptions`` or ``ServeOptions``.
+        search: try every layout and explain the best.
+        out: a .png to draw, or a folder that gets plan.png and plan.json.
+        as_json: print one JSON object.
+
+    Raises:
+        ConfigError: an unknown key or machine, a layout that does not divide, or one that does not fit, after it was printed.
+    """
+    if out is not None and out.suffix and out.suffix != ".png":
+        raise ConfigError(f"--out = {out} must be a .png file or a folder")
+    found = find_target(target)
+    answer = (plan_train if what == "train" else plan_serve)(found.config, found.preset or _short(target), overrides, search)
+    if as_json:
+        print(json.dumps(answer.values, indent=1))
+    else:
+        show(answer)
+    if answer.problem is not None:
+        raise answer.problem
+    if out is not None:
+        _write(answer, out)
+
+
+def _short(target: str) -> str:
+    """Name a path by its folder, since the name heads a column."""
+    path = Path(target).resolve()
+    return (path.parent if path.suffix == ".json" else path).name or target
+
+
+def _write(answer: Answer, out: Path) -> None:
+    from dsv2.files import atomic_write
+    from dsv2.progress import console
+
+    picture = out if out.suffix == ".png" else out / "plan.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(picture, answer.draw())
+    if picture != out:
+        atomic_write(out / "plan.json", json.dumps(answer.values, indent=1).encode())
+    console().print(f"wrote {picture}", markup=False, soft_wrap=True)
