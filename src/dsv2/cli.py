@@ -163,9 +163,11 @@ OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to
 InvalidUtf8 = Annotated[Literal["error", "replace"], typer.Option(help="What to do about bytes that are no UTF-8.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run or tour: its latest checkpoint is taken.")]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to produce.")]
-Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up probability P.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="0 always takes the likeliest token; without it as generation_config.json says, else 1.")
+]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0: from all.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up probability P.")]
 Held = Annotated[
     Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="Of the weights in memory; auto: the first of fp32, bf16, int8 that fits.")
 ]
@@ -240,9 +242,9 @@ def generate(
     path: Checkpoint,
     prompt: Annotated[str, typer.Option(metavar="TEXT", callback=_text, help="Text to continue; - reads it from stdin.")],
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
@@ -262,9 +264,9 @@ def chat(
         Literal["v2", "v2.5"] | None, typer.Option(help="How a conversation is written; without it as the tokenizer says.")
     ] = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
 ) -> Call:

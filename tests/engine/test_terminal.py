@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.engine import terminal
 from dsv2.engine.engine import Engine
+from dsv2.engine.request import SamplingParams
 from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -43,6 +45,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch, reciter: Any, tokenizer: Tokenizer
                 self._runner.model = reciter([*said, tokenizer.eos_id], prompt_len=len(request.tokens))
                 super().add(request)
 
+        monkeypatch.setattr(terminal, "latest_checkpoint", Path)  # which need not exist
         monkeypatch.setattr(terminal, "open_engine", lambda path, dtype: Recording(reciter([0]), tokenizer, max_batch=1, **settings))
         return requests
 
@@ -192,3 +195,23 @@ def test_a_person_is_asked_and_may_leave(reciting: Any, monkeypatch: pytest.Monk
     answers += ["/exit", "never asked"]
     terminal.chat("anywhere")
     assert answers == ["never asked"]
+
+
+def test_the_folder_says_how_to_sample_and_options_go_before_it(tour: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tour / "pretrain" / "step-2", folder)
+    (folder / "manifest.json").unlink()
+
+    def sampling(**given: Any) -> SamplingParams:
+        return terminal._sampling(folder, **given)
+
+    assert (sampling().temperature, sampling(seed=3).top_p) == (0.3, 0.95)
+    assert "temperature 0.3, top_p 0.95 (generation_config.json)" in capsys.readouterr().err
+    assert sampling(temperature=0.0, top_p=1.0) == SamplingParams(temperature=0.0)
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    assert sampling() == SamplingParams(temperature=0)
+    (folder / "generation_config.json").write_text('{"top_p": "high"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p = 'high' must be a number"):
+        sampling()
+    (folder / "generation_config.json").unlink()
+    assert sampling() == SamplingParams()

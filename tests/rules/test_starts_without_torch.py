@@ -17,7 +17,7 @@ TORCH_FREE = [
     "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "cli.py", "doctor.py", "presets.py",
     "assets", "tokenizer", "data/documents.py", "data/shards.py", "data/packing.py", "data/prepare.py", "model/config.py",
     "model/accounting.py", "checkpoint/names.py", "checkpoint/shard.py", "checkpoint/folder.py",
-    "checkpoint/hub.py", "checkpoint/manifest.py", "checkpoint/steps.py",
+    "checkpoint/generation.py", "checkpoint/hub.py", "checkpoint/manifest.py", "checkpoint/steps.py",
     "engine/request.py", "engine/blocks.py", "engine/scheduler.py", "tasks/sandbox.py", "tasks/answers.py",
     "server/protocol.py", "model/yardstick.py", "info",
     "parallel/__init__.py", "parallel/hardware.py", "parallel/routing.py", "parallel/schedules.py", "parallel/layout.py",

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from dsv2.checkpoint.folder import open_folder, read_json
+from dsv2.checkpoint.generation import write_generation_config
 from dsv2.checkpoint.huggingface import MAX_SHARD_BYTES, plan_shards, write_model
-from dsv2.checkpoint.layout import write_generation_config
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest, write_manifest
 from dsv2.checkpoint.source import AverageSource, Converted, FolderSource, RandomSource, Source, is_int8
 from dsv2.checkpoint.steps import latest_checkpoint

@@ -16,12 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from dsv2.checkpoint.folder import read_json
+from dsv2.checkpoint.generation import write_generation_config
 from dsv2.checkpoint.huggingface import write_model
 from dsv2.checkpoint.manifest import write_manifest
 from dsv2.checkpoint.source import ModelSource, load_tensors, save_tensors
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_folder, atomic_write_json
-from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
@@ -58,12 +58,6 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, *, t
         if training is not None:
             _save_training(new / "training", training)
         write_manifest(new)
-
-
-def write_generation_config(folder: Path, config: ModelConfig) -> None:
-    """Write generation_config.json as V2 has it (spec 1.1)."""
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    atomic_write_json(folder / "generation_config.json", ids | {"do_sample": True, "temperature": 0.3, "top_p": 0.95})
 
 
 def _save_training(folder: Path, training: TrainingState) -> None:

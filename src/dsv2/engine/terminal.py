@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from dsv2.checkpoint.generation import sampling_defaults
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.engine import Engine
@@ -38,9 +39,9 @@ def generate(
     *,
     prompt: str,
     max_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
     as_json: bool = False,
@@ -51,7 +52,7 @@ def generate(
         path: a checkpoint folder, a run (its latest checkpoint) or a tour (that of its pre-training).
         prompt: the text; "-" reads it from stdin, without its last newline.
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
-        temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``.
+        temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``; None: as generation_config.json says.
         dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
         as_json: print one JSON object at the end instead of the text as it comes.
 
@@ -59,8 +60,9 @@ def generate(
         CheckpointError: no checkpoint is there.
         RequestError: a parameter is out of range, or the prompt fills the context.
     """
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = open_engine(path, dtype)
+    folder = latest_checkpoint(path)
+    params = _sampling(folder, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    engine = open_engine(folder, dtype)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
     if room < 1:
@@ -83,9 +85,9 @@ def chat(
     system: str | None = None,
     template: Template | None = None,
     max_tokens: int = 512,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -99,7 +101,7 @@ def chat(
         system: text in front of the conversation; it is never left out.
         template: prompt format; None: the one the tokenizer was saved with.
         max_tokens: most tokens of an answer.
-        temperature: see ``SamplingParams``, also for ``top_k`` and ``top_p``.
+        temperature: as for ``generate``, also ``top_k`` and ``top_p``.
         seed: of the first answer; each later one adds 1.
         dtype: as for ``generate``.
 
@@ -108,8 +110,9 @@ def chat(
         ConfigError: the tokenizer has no such template.
         RequestError: a parameter is out of range.
     """
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    engine = open_engine(path, dtype)
+    folder = latest_checkpoint(path)
+    params = _sampling(folder, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    engine = open_engine(folder, dtype)
     conversation = Conversation(engine, params, system=system, template=template)
     if sys.stdin.isatty():
         _say("/help lists what you can type")
@@ -127,6 +130,15 @@ def chat(
                 conversation.ask(line)
             except Dsv2Error as error:
                 _say(f"error: {error}")
+
+
+def _sampling(folder: Path, **given: float | int | None) -> SamplingParams:
+    """Take what is given, then what the folder's generation_config.json says, then the defaults; say what the file decided."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    suggested = {name: value for name, value in sampling_defaults(folder).items() if name not in chosen}
+    if suggested:
+        _say(", ".join(f"{name} {value:g}" for name, value in suggested.items()) + " (generation_config.json)")
+    return SamplingParams(**(suggested | chosen))
 
 
 def open_engine(path: str | Path, dtype: Dtype = "auto") -> Engine:
