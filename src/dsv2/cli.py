@@ -5,8 +5,11 @@ a ``Call``; ``main`` then runs the stage. What a user can cause ends in ``error:
 """
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +21,8 @@ from dsv2 import __version__
 from dsv2.errors import ConfigError, Dsv2Error, MissingExtra, did_you_mean, extra_of
 from dsv2.files import is_disk_full
 
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit codes
+USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143  # exit codes
+_LONGEST_MESSAGE = 1000  # characters
 
 
 class Verb(NamedTuple):
@@ -68,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     verb = ""
     try:
-        call = parse(sys.argv[1:] if argv is None else argv)
-        verb = call.verb if call else ""
-        code = run(call) if call else 0
+        with _ending_on_sigterm():
+            call = parse(sys.argv[1:] if argv is None else argv)
+            verb = call.verb if call else ""
+            code = run(call) if call else 0
         sys.stdout.flush()  # here, where a full disk and a closed pipe still get their answer
         return code
     except Dsv2Error as error:
@@ -83,7 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_disk_full(error):
             return _complain(f"the disk is full: {error}", f"free some space, then: {VERBS[verb].resume}" if verb else None)
+        if isinstance(error, OSError) and error.filename is not None:  # a file that may not be read, a name that is too long
+            return _complain(f"{os.fsdecode(error.filename)}: {error.strerror}", None)
         raise
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, so that temporary files go with it; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: Sequence[str]) -> Call | None:
@@ -124,6 +148,8 @@ def run(call: Call) -> int:
 
 
 def _complain(message: str, hint: str | None, *, code: int = USER_ERROR) -> int:
+    if len(message) > _LONGEST_MESSAGE:  # a value of a damaged file is in it
+        message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
     print(f"error: {message}" if code == USER_ERROR else message, file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)

@@ -26,9 +26,9 @@ class Dsv2Error(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = message.encode(errors="backslashreplace").decode()  # a value of a damaged file may hold half a character
         self.hint = hint
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"

@@ -1,14 +1,15 @@
 """Writing to disk so that nothing is ever half there, and hashing what was written."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dsv2.errors import DataError
 # What libraries say on a full disk instead of raising an OSError with ENOSPC: safetensors, numpy's tofile, torch.save.
 _FULL_DISK_TEXTS = re.compile(r"No space left on device|\d+ requested and \d+ written|inline_container\.cc.* unexpected pos")
 
-_IN_THE_WAY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_IN_THE_WAY = (errno.ENAMETOOLONG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def sha256_of(path: Path) -> str:
@@ -72,10 +73,28 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _leftovers(path: Path) -> list[Path]:
-    """Return the temporary files and folders that killed processes left when they wrote ``path``."""
+def _leftovers(path: Path) -> Iterator[Path]:
+    """Yield the temporary files and folders that killed processes left when they wrote ``path``; one that is being written is locked."""
     ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
-    return [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]
+    for entry in path.parent.iterdir():
+        if ours.fullmatch(entry.name) and not entry.is_symlink():
+            with suppress(OSError), _locked(entry):
+                yield entry
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file or folder for this process alone.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -97,9 +116,11 @@ def atomic_file(path: Path, *, clear: bool = True) -> Iterator[Path]:
         clear: first remove what a process killed inside the block left for the same path; only where no other may be writing it.
 
     Raises:
-        DataError: the disk is full or may not be written, or a folder is in the way.
+        DataError: the disk is full or may not be written, or a folder or device is in the way.
     """
     with disk_errors(path):
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}", hint="choose another path with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         if clear:
             for stale in _leftovers(path):
@@ -108,7 +129,8 @@ def atomic_file(path: Path, *, clear: bool = True) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         try:
-            yield temporary
+            with _locked(temporary):
+                yield temporary
             _sync(temporary)
             temporary.chmod(0o644)
             os.replace(temporary, path)
@@ -127,8 +149,8 @@ def atomic_write_json(path: Path, value: Any) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; rename it to ``path`` when the block ends well, else remove it.
 
-    A folder that is already there is replaced if dsv2 wrote it: it holds a manifest.json, or nothing that the new one does not hold
-    too. So a mistyped ``--out`` never deletes somebody's files. A process killed inside the block leaves only a hidden
+    A folder that is already there is replaced if all that it holds is named in its own manifest.json, one of dsv2's, or has the name of
+    something in the new one. So a mistyped ``--out`` never deletes somebody's files. A process killed inside the block leaves only a hidden
     ``.NAME.*.tmp`` folder, which the next call for the same path removes.
 
     Args:
@@ -146,11 +168,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
-            yield temporary
-            for entry in temporary.rglob("*"):
-                _sync(entry)
-            os.chmod(temporary, 0o755)
-            _swap(temporary, path)
+            with _locked(temporary):
+                yield temporary
+                for entry in temporary.rglob("*"):
+                    _sync(entry)
+                os.chmod(temporary, 0o755)
+                _swap(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -160,13 +183,46 @@ def _swap(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path``; what was there is moved aside first, so that ``path`` is whole or absent, never half deleted."""
     aside = temporary.with_name(temporary.name.removesuffix(".tmp") + "old.tmp")
     if path.exists():
-        foreign = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()})
-        if foreign and not (path / "manifest.json").is_file():
-            raise DataError(
-                f"{path} exists and would be replaced, but holds other things: {', '.join(foreign[:5])}",
-                hint="choose a new or empty folder with --out",
-            )
+        require_replaceable(path, {entry.name for entry in temporary.iterdir()})
         os.replace(path, aside)
     os.replace(temporary, path)
     _sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_replaceable(path: Path, new_names: Collection[str] = ()) -> None:
+    """Refuse a folder that holds what dsv2 did not write there.
+
+    Args:
+        path: to be replaced; it need not exist.
+        new_names: of what will lie in the new folder.
+
+    Raises:
+        DataError: something in it is neither named in its manifest nor among ``new_names``.
+    """
+    if not path.is_dir():
+        return
+    listed = _manifest_text(path / "manifest.json")
+    # shards are listed without the suffixes of their two files, folders as the beginning of what they hold
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in new_names
+        and not (listed and (entry.name == "manifest.json" or f'"{entry.name}"' in listed or f'"{entry.name}/' in listed))
+        and f'"{entry.name.partition(".")[0]}"' not in listed
+    )
+    if foreign:
+        raise DataError(
+            f"{path} exists and would be replaced, but holds other things: {', '.join(foreign[:5])}",
+            hint="choose a new or empty folder with --out",
+        )
+
+
+def _manifest_text(file: Path) -> str:
+    """Return a manifest's text if it is one of dsv2's, else nothing."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return text if isinstance(content, dict) and str(content.get("format")).startswith("dsv2-") else ""

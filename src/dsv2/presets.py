@@ -123,6 +123,24 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+# Fields that say how a model is trained or padded, not what it computes.
+_NOT_SHAPE = frozenset({"initializer_range", "aux_loss_alpha", "pad_token_id"})
+# Fields that change what it computes, but neither a size nor a cost.
+_POSITIONS = frozenset({"rope_scaling", "rope_theta", "max_position_embeddings", "bos_token_id", "eos_token_id"})
+
+
+def same_shape(one: ModelConfig, other: ModelConfig, *, positions: bool = True) -> bool:
+    """Tell whether two configs are of one shape, however they are trained.
+
+    Args:
+        one: a config.
+        other: a config.
+        positions: rotary embedding, context and special tokens must be the same as well; without them the two only cost the same to run.
+    """
+    ignored = set(_NOT_SHAPE if positions else _NOT_SHAPE | _POSITIONS)
+    return one.model_dump(exclude=ignored) == other.model_dump(exclude=ignored)
+
+
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """Return the named model's config, with single fields replaced.
 

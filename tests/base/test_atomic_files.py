@@ -1,6 +1,7 @@
 """Whatever interrupts a write, the old thing or the new thing is there, never half of one."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 
 from dsv2.errors import DataError
-from dsv2.files import atomic_folder, atomic_write, atomic_write_json, disk_errors, is_disk_full, sha256_of
+from dsv2.files import atomic_file, atomic_folder, atomic_write, atomic_write_json, disk_errors, is_disk_full, sha256_of
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def manifest(*names: str) -> str:
+    return json.dumps({"format": "dsv2-test", "files": dict.fromkeys(names, "hash")})
 
 
 def killed_while(code: str, folder: Path) -> None:
@@ -47,12 +52,12 @@ def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:
     with atomic_folder(path) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "a.bin").write_bytes(b"1")
-        (folder / "manifest.json").write_text("old")
+        (folder / "manifest.json").write_text(manifest("sub/a.bin"))
     with pytest.raises(RuntimeError, match="stop"), atomic_folder(path) as folder:
         (folder / "manifest.json").write_text("new")
         raise RuntimeError("stop")
     assert entries(tmp_path) == ["shards"]
-    assert (path / "manifest.json").read_text() == "old"
+    assert (path / "manifest.json").read_text() == manifest("sub/a.bin")
     with atomic_folder(path) as folder:
         (folder / "manifest.json").write_text("new")
     assert entries(tmp_path) == ["shards"]
@@ -64,7 +69,7 @@ def test_kill_9_leaves_a_whole_folder_or_none_and_the_next_call_tidies_up(tmp_pa
     path = tmp_path / "step-1"
     with atomic_folder(path) as folder:
         for name in ("manifest.json", "a", "b"):
-            (folder / name).write_text("old")
+            (folder / name).write_text("old" if name != "manifest.json" else manifest("a", "b"))
     spy = {
         "filling": "",
         "swapping": "rename = os.replace\ndef die(a, b):\n    if str(b) == str(folder): DIE\n    rename(a, b)\nos.replace = die",
@@ -74,12 +79,13 @@ def test_kill_9_leaves_a_whole_folder_or_none_and_the_next_call_tidies_up(tmp_pa
     write = "    for name in ('manifest.json', 'a', 'b'): (new / name).write_text('new')\n"
     killed_while(f"{spy}\nwith files.atomic_folder(folder) as new:\n{write}    {inside}\n", path)
     if path.exists():
-        texts = {file.read_text() for file in path.iterdir()}
+        texts = {(path / name).read_text() for name in ("a", "b")}
         assert entries(path) == ["a", "b", "manifest.json"]
         assert texts == {"old" if moment == "filling" else "new"}
     assert any(name.endswith(".tmp") for name in entries(tmp_path))
     with atomic_folder(path) as folder:
-        (folder / "manifest.json").write_text("again")
+        for name in ("manifest.json", "a", "b"):
+            (folder / name).write_text("again")
     assert entries(tmp_path) == ["step-1"]
 
 
@@ -95,16 +101,56 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path: Path) -> None:
         home / "photo.jpg": "is a file",
     }.items():
         with pytest.raises(DataError, match=says) as caught, atomic_folder(path) as folder:
-            (folder / "manifest.json").write_text("")
+            (folder / "manifest.json").write_text(manifest())
         assert "--out" in str(caught.value.hint)
     assert entries(tmp_path) == ["home", "link"]
     with atomic_folder(tmp_path / "link") as folder:  # the same names and more: a newer version, through a link too
         (folder / "photo.jpg").write_bytes(b"2")
-        (folder / "manifest.json").write_text("")
+        (folder / "manifest.json").write_text(manifest("photo.jpg"))
     assert (home / "photo.jpg").read_bytes() == b"2"
-    with atomic_folder(home) as folder:  # a manifest shows that dsv2 wrote it
-        (folder / "manifest.json").write_text("")
+    with atomic_folder(home) as folder:  # its manifest names all that it holds
+        (folder / "manifest.json").write_text(manifest())
     assert entries(home) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("text", ['{"name": "my web app", "files": {"thesis.txt": 1}}', "", "[]", manifest("other.txt")])
+def test_a_manifest_that_does_not_name_it_protects_nothing_and_gives_nothing_away(tmp_path: Path, text: str) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "manifest.json").write_text(text)
+    (app / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match=r"holds other things: .*thesis\.txt"), atomic_folder(app) as folder:
+        (folder / "weights").write_text("")
+    assert (app / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_second_writer_does_not_clear_away_the_first(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "a") as first:
+        (first / "x").write_text("1")
+        with atomic_folder(tmp_path / "a") as second:
+            (second / "x").write_text("2")
+        assert (first / "x").read_text() == "1"
+    assert (tmp_path / "a" / "x").read_text() == "1"
+    with atomic_file(tmp_path / "f") as first:
+        with atomic_file(tmp_path / "f") as second:
+            second.write_text("2")
+        first.write_text("1")
+    assert (tmp_path / "f").read_text() == "1"
+    assert entries(tmp_path) == ["a", "f"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a device"])
+def test_what_is_no_ordinary_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(DataError, match="is a folder|is no ordinary file"):
+        atomic_write(path, "text")
+    assert entries(tmp_path) == ["x"]
 
 
 def test_temporary_folders_of_neighbours_are_left_alone(tmp_path: Path) -> None:
@@ -151,7 +197,7 @@ def test_something_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="could not write .*file/a: .*file: "):
         atomic_write(tmp_path / "file" / "a", "x")
-    with pytest.raises(DataError, match="could not write .*: "):
+    with pytest.raises(DataError, match="is a folder"):
         atomic_write(tmp_path, "x")
 
 

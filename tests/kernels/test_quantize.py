@@ -52,3 +52,14 @@ def test_rows_of_zeros_and_of_the_smallest_numbers():
 def test_numbers_that_are_none_are_refused(bad):
     with pytest.raises(ValueError, match="not finite"):
         quantize_rows(torch.tensor([[1.0, 2.0], [bad, 0.0]]))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_narrow_activations_neither_overflow_nor_lose_small_scales(dtype, rtol):
+    for spread in (0.02, 1e-6):
+        weight = spread * torch.randn(16, 5120, generator=torch.Generator().manual_seed(1))
+        x = torch.full((1, 5120), 3.0, dtype=dtype)
+        values, scales = quantize_rows(weight)
+        expected = (x.double() @ dequantize_rows(values, scales, torch.float64).T).abs()
+        found = int8_linear(x, values, scales).double().abs()
+        assert torch.allclose(found, expected, rtol=rtol, atol=rtol * expected.max().item())

@@ -1,5 +1,6 @@
 """``dsv2 convert``: a model from one form to another, streaming; and the average of several."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from dsv2.checkpoint.huggingface import MAX_SHARD_BYTES, plan_shards, write_mode
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest, write_manifest
 from dsv2.checkpoint.source import AverageSource, Converted, FolderSource, RandomSource, Source, is_int8
 from dsv2.checkpoint.steps import latest_checkpoint
-from dsv2.errors import CheckpointError, ConfigError
-from dsv2.files import atomic_folder
+from dsv2.errors import CheckpointError, ConfigError, Dsv2Error
+from dsv2.files import atomic_folder, require_replaceable
 from dsv2.machine import peak_memory, require_disk
 from dsv2.presets import preset
 from dsv2.progress import console, table
+from dsv2.tokenizer.recognise import template_text
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 Form = Literal["hf", "gguf"]
@@ -71,20 +73,35 @@ def run(
     started = monotonic()
     merging = targets[0] == "merge" and len(targets) > 1
     inputs = [open_input(target) for target in (targets[1:] if merging else targets)]
-    if any(one.folder is not None and one.folder.resolve() == out.resolve() for one in inputs):
-        raise ConfigError(f"{out} is the model to read", hint="choose another folder with --out")
+    _require_free_place(out, inputs)
     source = _one_source(inputs, merging, weights)
     form: Form = to or ("gguf" if out.suffix == ".gguf" else "hf")
     if form == "gguf":
-        written = _to_gguf(source, inputs[0], out, dtype or "bf16")
+        written = _to_gguf(source, _with_tokenizer(inputs), out, dtype or "bf16")
     else:
-        written = _to_folder(source, inputs[0], out, dtype, max_shard_gb)
+        written = _to_folder(source, _with_tokenizer(inputs), out, dtype, max_shard_gb)
     seconds = monotonic() - started
     console().print(
         f"{out}: {written / 1e9:.2f} GB in {seconds:.1f} s ({written / 1e9 / seconds:.2f} GB/s), peak memory {peak_memory() / 1e9:.2f} GB",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _require_free_place(out: Path, inputs: Sequence[Input]) -> None:
+    """Refuse, before any work, to write over a model that is read, a run's own checkpoint, or somebody's files."""
+    place = out.resolve()
+    for one in inputs:
+        folder = None if one.folder is None else one.folder.resolve()
+        if folder is not None and (folder == place or folder.is_relative_to(place) or (place.parent == folder and place.exists())):
+            raise ConfigError(f"{out} is the model to read, or a part of it", hint="choose another path with --out")
+    if (out / "training").exists():
+        raise ConfigError(f"{out} is a run's own checkpoint; its training/ would be lost", hint="choose another folder with --out")
+    require_replaceable(out)
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ConfigError(f"{out} exists and is no GGUF file", hint="choose another path with --out")
 
 
 def open_input(target: str) -> Input:
@@ -97,9 +114,11 @@ def open_input(target: str) -> Input:
     if target.startswith(RANDOM):
         return Input(target, RandomSource(preset(target.removeprefix(RANDOM))), None)
     folder = latest_checkpoint(target)
-    source = FolderSource(open_folder(folder))
+    opened = open_folder(folder)
+    source = FolderSource(opened)
     if (folder / MANIFEST).exists():
-        verify_manifest(folder, wanted=lambda name: "/" not in name)
+        side_files = [name for name in _SIDE_FILES if (folder / name).exists()]
+        verify_manifest(folder, ["config.json", *(file.name for file in opened.files), *side_files])
     return Input(target, source, folder)
 
 
@@ -116,6 +135,11 @@ def _one_source(inputs: Sequence[Input], merging: bool, weights: Sequence[float]
     return AverageSource([one.source for one in inputs], weights or [1 / len(inputs)] * len(inputs))
 
 
+def _with_tokenizer(inputs: Sequence[Input]) -> Input:
+    """Return the first model that brings a tokenizer, else the first."""
+    return next((one for one in inputs if one.folder is not None and (one.folder / "tokenizer.json").is_file()), inputs[0])
+
+
 def _require_same_tokenizer(inputs: Sequence[Input]) -> None:
     files = [one.folder / "tokenizer.json" for one in inputs if one.folder is not None and (one.folder / "tokenizer.json").is_file()]
     for file in files[1:]:
@@ -126,8 +150,8 @@ def _require_same_tokenizer(inputs: Sequence[Input]) -> None:
 def _to_folder(source: Source, given: Input, out: Path, dtype: str | None, max_shard_gb: float) -> int:
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of a model folder; allowed: {', '.join(DTYPES)}")
-    if max_shard_gb <= 0:
-        raise ConfigError(f"--max-shard-gb = {max_shard_gb} must be above 0")
+    if not 0 < max_shard_gb < 1e6:
+        raise ConfigError(f"--max-shard-gb = {max_shard_gb} must be above 0 and below a million")
     if dtype is not None:
         source = Converted(source, DTYPES[dtype])
     max_shard_bytes = round(max_shard_gb * 1e9)
@@ -152,25 +176,41 @@ def _to_gguf(source: Source, given: Input, out: Path, dtype: str) -> int:
     if is_int8(source):
         source = Converted(source, torch.float32)
     tokenizer = None
-    if given.folder is not None and (given.folder / "tokenizer.json").is_file():
+    if given.folder is not None and os.path.lexists(given.folder / "tokenizer.json"):
         tokenizer = Tokenizer.load(given.folder)
+    elif given.folder is not None:
+        console().print(f"WARNING: {given.folder} holds no tokenizer.json: the file gets a vocabulary of single bytes", markup=False)
     total = sum(spec.num_bytes for spec in source.specs.values())
     _print_plan(source, given, f"{GGUF_KINDS[dtype]} in {out}", total)
-    export_gguf(source, out, kind=GGUF_KINDS[dtype], tokenizer=tokenizer, name=Path(given.label).name)  # type: ignore[arg-type]
+    export_gguf(source, out, kind=GGUF_KINDS[dtype], tokenizer=tokenizer, name=Path(given.label).name.encode(errors="replace").decode())  # type: ignore[arg-type]
     return out.stat().st_size
 
 
 def _copy_side_files(given: Input, new: Path) -> None:
     """Copy tokenizer, chat template and generation settings as they are; what should be JSON is looked at first, nothing is executed."""
-    for name in _SIDE_FILES if given.folder is not None else ():
-        file = given.folder / name  # type: ignore[operator]
-        if not file.exists():
+    if given.folder is None:
+        return
+    home = (given.folder / "config.json").resolve().parent  # links of the hub's cache, or of a user, all lead to one folder
+    for name in _SIDE_FILES:
+        file = given.folder / name
+        if not os.path.lexists(file):
             continue
+        if not file.is_file() or file.resolve().parent != home:
+            raise CheckpointError(f"{file} leads to {file.resolve()}; only a file beside config.json is copied")
         if file.suffix == ".json":
             read_json(file)
-        elif not file.is_file():
-            raise CheckpointError(f"{file} is no file")
+        else:
+            template_text(given.folder, {})  # not too large
         shutil.copyfile(file, new / name)
+    if (new / "tokenizer.json").exists():
+        _try_tokenizer(new)
+
+
+def _try_tokenizer(folder: Path) -> None:
+    try:
+        Tokenizer.load(folder)
+    except Dsv2Error as error:
+        console().print(f"WARNING: the tokenizer was copied as it is, but cannot be used: {error.message}", markup=False, soft_wrap=True)
 
 
 def _print_plan(source: Source, given: Input, result: str, total: int) -> None:

@@ -83,11 +83,11 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, not JSON, or holds something else.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is {'no file' if file.exists() else 'missing'}")
-    if file.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes; at most {_MAX_JSON_BYTES:,} are read")
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{file} is {'no file' if file.exists() else 'missing'}")
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes; at most {_MAX_JSON_BYTES:,} are read")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
@@ -144,7 +144,7 @@ def _indexed(index: Path) -> dict[str, TensorEntry]:
 def _is_plain(file_name: Any) -> bool:
     """Tell whether a file name stays inside the folder."""
     plain = isinstance(file_name, str) and file_name.endswith(".safetensors") and file_name.isprintable()
-    return plain and not file_name.startswith(".") and not set(file_name) & set("/\\:")
+    return plain and len(file_name.encode()) < 256 and not file_name.startswith(".") and not set(file_name) & set("/\\:")
 
 
 def _require_same_tensors(path: Path, entries: Mapping[str, TensorEntry], expected: Mapping[str, Shape]) -> None:

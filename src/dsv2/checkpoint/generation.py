@@ -1,5 +1,6 @@
 """generation_config.json: how a model's authors sample from it. Without torch."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from dsv2.files import atomic_write_json
 from dsv2.model.config import ModelConfig
 
 _FILE = "generation_config.json"
+_LARGEST = 1e9  # no temperature, share or count of tokens is near it
 _V2 = {"do_sample": True, "temperature": 0.3, "top_p": 0.95}  # spec 1.1
 
 
@@ -28,6 +30,6 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / _FILE)
     found = {name: settings[name] for name in ("temperature", "top_k", "top_p") if settings.get(name) is not None}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{folder / _FILE}: {name} = {value!r} must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            raise CheckpointError(f"{folder / _FILE}: {name} = {reprlib.repr(value)} must be a number")
     return found if settings.get("do_sample", True) else {"temperature": 0}

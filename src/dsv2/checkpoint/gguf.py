@@ -87,7 +87,7 @@ def export_gguf(source: Source, file: Path, *, kind: Kind, tokenizer: Tokenizer 
         name: of the model, shown by llama.cpp.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for the kind.
+        CheckpointError: a weight is not finite or too large for f16, q8_0 or q4_0; f32 and bf16 hold whatever there is.
         ConfigError: llama.cpp's deepseek2 computes another function than this config, or the vocabulary does not fit it.
         DataError: the disk is full, too small for the file, or may not be written.
         MissingExtra: the package gguf is not installed.

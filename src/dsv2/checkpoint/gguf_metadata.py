@@ -179,7 +179,8 @@ def tokenizer_metadata(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
         document = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         settings = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]]
-    template = {"tokenizer.chat_template": settings["chat_template"]} if "chat_template" in settings else {}
+    text = tokenizer.published_template or settings.get("chat_template")  # a folder's own, whatever it is
+    template = {} if text is None else {"tokenizer.chat_template": text}
     return _keys(config, document["model"]["vocab"], merges, tokenizer.special_ids) | template
 
 

@@ -12,6 +12,7 @@ _WANTED = (
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
+_FILES = {"allow_patterns": list(_WANTED), "ignore_patterns": ["*/*"]}  # the repository's own folder alone
 
 
 def is_model_id(target: str | Path) -> bool:
@@ -36,9 +37,9 @@ def fetch_model(model_id: str, *, revision: str | None = None) -> Path:
     console().print(f"{model_id}: looking it up on the hub, or in its cache {constants.HF_HUB_CACHE}", markup=False, soft_wrap=True)
     try:
         if not constants.is_offline_mode():
-            files = snapshot_download(model_id, revision=revision, allow_patterns=list(_WANTED), dry_run=True)
+            files = snapshot_download(model_id, revision=revision, dry_run=True, **_FILES)
             require_disk(sum(file.file_size or 0 for file in files if file.will_download), Path(constants.HF_HUB_CACHE))
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(model_id, revision=revision, **_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{model_id} could not be fetched: {str(error).strip().splitlines()[0]}",

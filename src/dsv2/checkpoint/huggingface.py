@@ -36,9 +36,10 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> Trans
         CheckpointError: a file or tensor is missing, unexpected or damaged, or the model does not fit in memory.
     """
     folder = Path(folder)
-    source: Source = FolderSource(open_folder(folder))
+    opened = open_folder(folder)
     if (folder / MANIFEST).exists():
-        verify_manifest(folder, wanted=lambda name: name == "config.json" or name.endswith(".safetensors") and "/" not in name)
+        verify_manifest(folder, ["config.json", *(file.name for file in opened.files)])
+    source: Source = FolderSource(opened)
     if dtype is not None or not is_int8(source):
         source = Converted(source, dtype or torch.float32)
     return build_model(source)

@@ -75,7 +75,7 @@ def load_training(folder: Path) -> TrainingState:
     """
     state = read_json(folder / "training" / "state.json")
     optimizer = load_tensors(folder / "training" / "optimizer.safetensors")
-    try:
-        return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer)
-    except KeyError as error:
-        raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: {error} is missing") from error
+    for name in ("step", "consumed_samples", "elapsed_s"):
+        if isinstance(state.get(name), bool) or not isinstance(state.get(name), int | float):
+            raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: {name} must be a number")
+    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer)

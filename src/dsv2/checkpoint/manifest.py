@@ -1,6 +1,6 @@
 """manifest.json: the hash of every file of a folder, written last. A folder that has one is whole. Without torch."""
 
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 
 from dsv2.checkpoint.folder import read_json
@@ -17,12 +17,12 @@ def write_manifest(folder: Path) -> None:
     atomic_write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": hashes})
 
 
-def verify_manifest(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
     """Compare a folder's files with its manifest's hashes.
 
     Args:
         folder: holds a manifest.json.
-        wanted: tells by relative name which files to compare.
+        names: relative, of the files to compare; the manifest must list them. None: all that it lists.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, or a file is missing or differs.
@@ -34,9 +34,11 @@ def verify_manifest(folder: Path, wanted: Callable[[str], bool] = lambda name: T
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no files")
-    for name in filter(wanted, files):
+    for name in files if names is None else names:
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if name not in files:
+            raise CheckpointError(f"{folder / MANIFEST} does not list {name}", hint="if you added the file yourself, remove manifest.json")
+        if len(name) > 200 or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, which is not in its folder")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")

@@ -8,15 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dsv2.model.config import ModelConfig
+from dsv2.model.config import FLOAT_IN_INT8, ModelConfig
 
 Shape = tuple[int, ...]
 
 SCALE = "_scale"  # of an int8 weight: its name with this behind it
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(_scale)?")
-# kv_b_proj stays as it is: the absorbed reading multiplies by its rows and by its columns, and it is 1 % of a model
-_QUANTISED = re.compile(r"lm_head\.weight|model\.layers\.\d+\..*\.(?:\w+_proj|kv_a_proj_with_mqa)\.weight")
+_MATRIX = re.compile(r"lm_head\.weight|model\.layers\.\d+\..*\.(\w+_proj|kv_a_proj_with_mqa)\.weight")
 
 
 class Place(NamedTuple):
@@ -44,8 +43,9 @@ def place_of(name: str) -> Place:
 
 
 def is_quantised(name: str) -> bool:
-    """Tell whether an int8 model holds this tensor as int8: all projections and the head, but not kv_b_proj, router or embedding."""
-    return _QUANTISED.fullmatch(name) is not None and not name.endswith(".kv_b_proj.weight")
+    """Tell whether an int8 model holds this tensor as int8: all projections but kv_b_proj, and the head; not router or embedding."""
+    match = _MATRIX.fullmatch(name)
+    return match is not None and match[1] not in FLOAT_IN_INT8
 
 
 def published_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:

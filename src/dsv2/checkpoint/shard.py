@@ -72,9 +72,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is missing, cut, or its header lies; names the file and the tensor.
     """
-    if not file.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{file} is {'no file' if file.exists() else 'missing'}")
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{file} is {'no file' if file.exists() else 'missing'}")
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             header, start = _header(opened, size, file)

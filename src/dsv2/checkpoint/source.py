@@ -5,6 +5,7 @@ converted, and none is ever held twice.
 """
 
 import hashlib
+import math
 import mmap
 import os
 import warnings
@@ -57,7 +58,7 @@ class FolderSource:
     def __init__(self, folder: ModelFolder) -> None:
         self.config = folder.config
         self.specs = {name: entry.spec for name, entry in folder.entries.items()}
-        self._entries = folder.entries
+        self._folder, self._entries = folder, folder.entries
         self._maps: dict[Path, mmap.mmap] = {}
         self._last: TensorEntry | None = None
 
@@ -68,7 +69,10 @@ class FolderSource:
         if self._last is not None:
             self._give_back(self._last)
         self._last = entry
-        return _view(pages, entry)
+        values = _view(pages, entry)
+        if self._folder.quantised and name.endswith(SCALE) and not (torch.isfinite(values).all() and (values > 0).all()):
+            raise CheckpointError(f"{entry.file}: tensor {name!r} holds scales that are not finite and above 0")
+        return values
 
     def _pages(self, entry: TensorEntry) -> mmap.mmap:
         if entry.file not in self._maps:
@@ -113,6 +117,9 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing or damaged.
     """
     entries = read_header(file)
+    for entry in entries.values():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{file}: tensor {entry.name!r} has dtype {entry.dtype}; allowed: {', '.join(DTYPES)}")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         return {name: _view(pages, entry).clone() for name, entry in entries.items()}
 
@@ -188,7 +195,7 @@ class AverageSource:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
-        if len(sources) != len(weights) or abs(sum(weights) - 1) > 1e-6:
+        if len(sources) != len(weights) or not abs(sum(weights) - 1) <= 1e-6 or not all(map(math.isfinite, weights)):
             raise ConfigError(f"{len(sources)} models take as many weights with the sum 1; got {list(weights)}")
         self.config, self._sources, self._weights = sources[0].config, sources, weights
         for source in sources:
@@ -243,7 +250,20 @@ class Converted:
         if self._from_int8 and not self._to_int8 and is_quantised(name):
             values = self._source.read(name).clone()  # a view is valid until the next read only
             return dequantize_rows(values, self._source.read(name + SCALE), self._dtype)
-        return self._source.read(name).to(DTYPES[self.specs[name].dtype])
+        return self._cast(name)
+
+    def _cast(self, name: str) -> Tensor:
+        values, dtype = self._source.read(name), DTYPES[self.specs[name].dtype]
+        cast = values.to(dtype)
+        if dtype in (values.dtype, torch.float32) or torch.isfinite(cast.abs().amax()):
+            return cast
+        largest = values.abs().amax().item()
+        if math.isfinite(largest):
+            raise CheckpointError(
+                f"tensor {name!r} holds values up to {largest:.3g}; {dtype} ends at {torch.finfo(dtype).max:.3g}",
+                hint="keep fp32, or choose bf16 instead of fp16",
+            )
+        return cast
 
     def _quantised(self, name: str) -> Tensor:
         weight_name = name.removesuffix(SCALE)

@@ -22,6 +22,7 @@ from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.errors import DataError, Dsv2Error, RequestError
 from dsv2.progress import console
 from dsv2.tokenizer.chat import Template, render, stop_ids
+from dsv2.tokenizer.recognise import is_ours
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "fp32", "bf16", "int8"]
@@ -114,6 +115,9 @@ def chat(
     params = _sampling(folder, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
     engine = open_engine(folder, dtype)
     conversation = Conversation(engine, params, system=system, template=template)
+    own = engine.tokenizer.published_template
+    if template is None and own is not None and not is_ours(own):
+        _say(f"the folder's chat template is not one of ours word for word; it is read as {engine.tokenizer.template}, --template chooses")
     if sys.stdin.isatty():
         _say("/help lists what you can type")
     for line in _lines():
@@ -144,8 +148,8 @@ def _sampling(folder: Path, **given: float | int | None) -> SamplingParams:
 def open_engine(path: str | Path, dtype: Dtype = "auto") -> Engine:
     """Load the model and tokenizer of a checkpoint, a run or a tour, for one request at a time."""
     folder = latest_checkpoint(path)
-    tokenizer = Tokenizer.load(folder)
     chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]
+    tokenizer = Tokenizer.load(folder)
     if dtype == "auto" and chosen not in (torch.float32, None):
         _say(f"the model is held in {str(chosen).removeprefix('torch.')}: fp32 does not fit in memory; --dtype chooses")
     return Engine(load_model(folder, dtype=chosen), tokenizer, max_batch=1)

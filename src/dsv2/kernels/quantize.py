@@ -40,6 +40,10 @@ def dequantize_rows(values: Int8[Tensor, "out in"], scales: Float[Tensor, " out"
 
 
 def int8_linear(x: Float[Tensor, "*rows in"], values: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]) -> Float[Tensor, "*rows out"]:
-    """Return x (values * scale)^T in the dtype of ``x``; the weight is widened a piece of rows at a time, the scale goes on the result."""
-    rows = max(1, _PIECE // values.shape[1])
-    return torch.cat([F.linear(x, piece.to(x.dtype)) for piece in values.split(rows)], dim=-1) * scales.to(x.dtype)
+    """Return x (values * scale)^T in the dtype of ``x``; the weight is widened a piece of rows at a time, the scale goes on the result.
+
+    An fp16 product of int8 values would overflow before the scale brings it back, so it is formed in fp32.
+    """
+    rows, dtype = max(1, _PIECE // values.shape[1]), torch.float32 if x.dtype == torch.float16 else x.dtype
+    product = torch.cat([F.linear(x.to(dtype), piece.to(dtype)) for piece in values.split(rows)], dim=-1)
+    return (product * scales).to(x.dtype)

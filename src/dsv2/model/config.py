@@ -5,6 +5,7 @@ as something else than its file says. Works without torch.
 """
 
 import math
+import reprlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,20 +14,27 @@ from dsv2.errors import ConfigError, did_you_mean
 
 # Fields of config.json that say nothing about the function computed: written for other tools, read and dropped.
 _DESCRIPTIVE = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "ep_size", "model_type", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "ep_size", "id2label",
+    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "torch_dtype",
+    "transformers_version", "unsloth_version", "use_cache",
 }  # fmt: skip
 # Fields whose only value with an implementation is this one.
 _FIXED: dict[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False, "output_router_logits": False,
     "pretraining_tp": 1, "rope_interleave": True, "scoring_func": "softmax",
 }  # fmt: skip
+_LARGEST = 2**31  # no size, length or factor of a model is near it
+# Projections that an int8 model keeps as they are: the absorbed reading multiplies by the rows of kv_b_proj and by its columns, and it is
+# 1 % of a model.
+FLOAT_IN_INT8 = ("kv_b_proj",)
 _MODEL_TYPES = ("deepseek_v2", "deepseek")  # the very first upload of V2-Chat said "deepseek"
 
 
 class YarnScaling(BaseModel):
     """The ``rope_scaling`` block of a YaRN config (section 3.1.4; spec 5)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: Literal["yarn"] = "yarn"
     factor: float = Field(gt=0, description="s, context extension factor")
@@ -66,7 +74,7 @@ class ModelConfig(BaseModel):
     routed_scaling_factor: float = Field(default=1.0, gt=0, description="c_r, multiplies the gates")
     norm_topk_prob: bool = Field(default=False, description="renormalise the chosen gates to sum 1 (no published V2 does)")
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: YarnScaling | None = None
     max_position_embeddings: int = Field(default=4096, gt=0, description="tokens")
     tie_word_embeddings: bool = False
@@ -159,7 +167,7 @@ class ModelConfig(BaseModel):
             raise ConfigError(
                 f"{source}: model_type = {fields['model_type']!r} is not a DeepSeek-V2 model; allowed: {', '.join(_MODEL_TYPES)}"
             )
-        for name in _DESCRIPTIVE & fields.keys():
+        for name in [name for name, value in fields.items() if name in _DESCRIPTIVE or (value is None and name not in cls.model_fields)]:
             del fields[name]
         _take_fixed(fields, source)
         _take_rope(fields, source)
@@ -189,8 +197,8 @@ def _refuse_wrong_kinds(fields: dict[str, Any], source: str) -> None:
     for name, field in ModelConfig.model_fields.items():
         value = fields.get(name)
         number = field.annotation in (int, float, int | None)
-        if number and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{source}: {name} = {value!r} must be a number")
+        if number and value is not None:
+            _require_number(name, value, source)
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(fields.get(name), dict | None):
             raise ConfigError(f"{source}: {name} = {fields[name]!r} must be an object or null")
@@ -199,6 +207,11 @@ def _refuse_wrong_kinds(fields: dict[str, Any], source: str) -> None:
     for name in ("qk_nope_head_dim", "qk_rope_head_dim"):
         if name in fields and fields[name] is None:
             raise ConfigError(f"{source}: {name} = null must be a number")
+
+
+def _require_number(name: str, value: Any, source: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise ConfigError(f"{source}: {name} = {reprlib.repr(value)} must be a number below 2**31")
 
 
 def _take_fixed(fields: dict[str, Any], source: str) -> None:
@@ -227,6 +240,9 @@ def _take_rope(fields: dict[str, Any], source: str) -> None:
     parameters = fields.pop("rope_parameters", None)
     scaling = dict(parameters if parameters is not None else fields.pop("rope_scaling", None) or {})
     fields.pop("rope_scaling", None)
+    for name, value in scaling.items():
+        if name == "rope_theta" or name in YarnScaling.model_fields and name != "type":
+            _require_number(name, value, source)
     if "rope_theta" in scaling:
         fields["rope_theta"] = scaling.pop("rope_theta")
     kind = scaling.pop("rope_type", None) or scaling.get("type") or ("yarn" if scaling else "default")

@@ -10,10 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2.kernels.quantize import int8_linear
+from dsv2.model.config import FLOAT_IN_INT8
 from dsv2.model.experts import RoutedExperts
 from dsv2.model.transformer import Transformer
-
-KEPT = ("kv_b_proj",)  # the absorbed reading multiplies by its rows and by its columns
 
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -62,7 +61,7 @@ def hold_int8(model: Transformer) -> Transformer:
     Args:
         model: on the meta device, so that nothing is thrown away.
     """
-    kept = (*KEPT, "lm_head") if model.config.tie_word_embeddings else KEPT  # a tied head is the embedding
+    kept = (*FLOAT_IN_INT8, "lm_head") if model.config.tie_word_embeddings else FLOAT_IN_INT8  # a tied head is the embedding
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name not in kept:

@@ -4,8 +4,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
+from dsv2.errors import DataError
 from dsv2.tokenizer.chat import Template, chat_template
 from dsv2.tokenizer.specials import ASSISTANT
+
+MAX_TEMPLATE_BYTES = 1_000_000
 
 
 def template_text(folder: Path, settings: dict[str, Any]) -> tuple[str | None, str]:
@@ -14,9 +17,14 @@ def template_text(folder: Path, settings: dict[str, Any]) -> tuple[str | None, s
     Args:
         folder: a model or tokenizer folder; its chat_template.jinja goes before tokenizer_config.json, as in transformers.
         settings: content of its tokenizer_config.json; of several named templates "default" counts, else the first.
+
+    Raises:
+        DataError: the file is larger than any template.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
+        if file.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise DataError(f"{file} has {file.stat().st_size:,} bytes; a chat template has at most {MAX_TEMPLATE_BYTES:,}")
         return file.read_text(encoding="utf-8", errors="replace"), file.name
     text = settings.get("chat_template")
     if isinstance(text, list):

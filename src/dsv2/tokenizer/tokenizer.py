@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,7 @@ class Tokenizer:
         if self.vocab_size < self.num_tokens:
             raise ConfigError(f"vocab_size = {vocab_size} is smaller than the tokenizer, which has {self.num_tokens} tokens")
         self.template = template
+        self.published_template: str | None = None  # Jinja text of the folder it was loaded from: handed on, never run
         self.bos_id = self.special_ids[BOS]
         self.eos_id = self.special_ids[EOS]
         self.pad_id = self.eos_id
@@ -80,11 +82,17 @@ class Tokenizer:
         model = _read_object(file.with_name("config.json"))
         if vocab_size is None:
             vocab_size = model.get("vocab_size") or settings.get("padded_vocab_size")
+        if vocab_size is not None and (not isinstance(vocab_size, int) or isinstance(vocab_size, bool)):
+            raise DataError(f"{file.with_name('config.json')}: vocab_size = {reprlib.repr(vocab_size)} must be a whole number")
         try:
             tokenizer = cls(file.read_bytes(), vocab_size=vocab_size)
-        except DataError as error:
-            raise DataError(f"{file}: {error.message}", hint=error.hint) from error
-        tokenizer.template = recognise(template_text(file.parent, settings)[0], tokenizer.special_ids)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{file}: {error.message}", hint=error.hint) from error
+        except Exception as error:  # anything may stand in a file of somebody else, and the library raises plain Exceptions
+            reason = reprlib.repr(str(error))
+            raise DataError(f"{file} is not a tokenizer of the DeepSeek-V2 family: {type(error).__name__} {reason}") from error
+        tokenizer.published_template = template_text(file.parent, settings)[0]
+        tokenizer.template = recognise(tokenizer.published_template, tokenizer.special_ids)
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
@@ -265,7 +273,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{file} holds a {type(value).__name__}, expected an object")
