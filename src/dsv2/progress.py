@@ -92,9 +92,14 @@ class Bar(Protocol):
         """Count ``n`` more units as done; a field stays on show until it is given again."""
 
 
+_showing = False  # a bar is on show in this process
+
+
 @contextmanager
 def bar(total: int | None, description: str, *, unit: str, done: int = 0) -> Iterator[Bar]:
     """Show progress on stderr with the remaining time; a plain line every 10 s at most where that is no terminal; nothing off rank 0.
+
+    A bar inside another, such as a checkpoint being written during training, shows nothing: the outer one is what its reader waits for.
 
     Args:
         total: units in all; None when that is not known.
@@ -102,16 +107,22 @@ def bar(total: int | None, description: str, *, unit: str, done: int = 0) -> Ite
         unit: plural of what is counted, such as "steps".
         done: units done before this process started, when it resumes; they do not count for the speed.
     """
-    if not is_main_rank():
+    global _showing
+    if not is_main_rank() or _showing:
         yield _SilentBar()
-    elif console().is_terminal:
-        yield from _live(total, description, unit, done)
-    else:
-        lines = _LineBar(total, description, unit, done)
-        try:
-            yield lines
-        finally:
-            lines.finish()
+        return
+    _showing = True
+    try:
+        if console().is_terminal:
+            yield from _live(total, description, unit, done)
+        else:
+            lines = _LineBar(total, description, unit, done)
+            try:
+                yield lines
+            finally:
+                lines.finish()
+    finally:
+        _showing = False
 
 
 @contextmanager

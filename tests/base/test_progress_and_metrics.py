@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv2 import progress
 from dsv2.errors import DataError, MissingExtra
-from dsv2.progress import MetricsLog, bar, console, read_metrics, table
+from dsv2.progress import MetricsLog, bar, console, read_metrics, table, transfer_bar
 
 
 def test_lines_are_legal_json_at_once(tmp_path: Path) -> None:
@@ -159,3 +159,18 @@ def test_tables_show_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert out == ""
     assert [line.split() for line in err.splitlines()] == [["Plan", "[bold]"], ["leg", "steps"], ["[en]", "5"], ["zh", "1200"]]
     assert err.splitlines()[2].rstrip().endswith("   5")  # numbers to the right
+
+
+def test_a_bar_inside_a_bar_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar(4, "training", unit="steps") as outer:
+        with transfer_bar(2 * 10**9, "writing weights") as advance:
+            advance(2 * 10**9)
+        outer.advance(4)
+    with transfer_bar(2 * 10**9, "reading weights") as advance:
+        advance(10**9)
+        advance(10**9)
+    said = capsys.readouterr().err
+    assert "training: 4/4 steps" in said
+    assert "writing" not in said
+    assert "reading weights: 2,000/2,000 MB (100%)" in said
+    assert "GB/s" in said

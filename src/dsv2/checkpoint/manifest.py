@@ -1,11 +1,12 @@
 """manifest.json: the hash of every file of a folder, written last. A folder that has one is whole. Without torch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dsv2.checkpoint.folder import read_json
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_write_json, sha256_of
+from dsv2.progress import transfer_bar
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "dsv2-checkpoint", 1
@@ -13,8 +14,18 @@ FORMAT, VERSION = "dsv2-checkpoint", 1
 
 def write_manifest(folder: Path) -> None:
     """Hash every file of a folder and write the manifest: the mark that nothing is missing."""
-    hashes = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    hashes = {str(file.relative_to(folder)): hashed for file, hashed in _hashes(files).items()}
     atomic_write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": hashes})
+
+
+def _hashes(files: Sequence[Path]) -> dict[Path, str]:
+    hashes: dict[Path, str] = {}
+    with transfer_bar(sum(file.stat().st_size for file in files), "hashing") as advance:
+        for file in files:
+            hashes[file] = sha256_of(file)
+            advance(file.stat().st_size)
+    return hashes
 
 
 def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
@@ -34,7 +45,8 @@ def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it lists no files")
-    for name in files if names is None else names:
+    names = list(files if names is None else names)
+    for name in names:
         file = folder / name
         if name not in files:
             raise CheckpointError(f"{folder / MANIFEST} does not list {name}", hint="if you added the file yourself, remove manifest.json")
@@ -42,7 +54,9 @@ def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, which is not in its folder")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if (hashed := sha256_of(file)) != files[name]:
+    for file, hashed in _hashes([folder / name for name in names]).items():
+        name = file.relative_to(folder).as_posix()
+        if hashed != files[name]:
             raise CheckpointError(
                 f"{file} is damaged: its hash is {hashed[:12]}, the manifest says {files[name][:12]}",
                 hint="use another step folder or copy; if you changed the file yourself, remove manifest.json",
