@@ -52,9 +52,9 @@ def read(folder: Path) -> None:
     seconds = monotonic() - started
     peak, held = peak_memory(), sum(parameter.nbytes for parameter in model.parameters())
     experts = model.model.layers[-1].mlp.experts
-    stack = sum(parameter.nbytes for parameter in experts.parameters())
+    stack = 2 * (experts.gate_up_proj.numel() + experts.down_proj.numel())  # as bf16, in which it was read
     print(f"imported as int8: {on_disk / 1e9:.2f} GB in {seconds:.0f} s, {on_disk / 1e9 / seconds:.2f} GB/s")
-    print(f"model {held / 1e9:.2f} GB, one layer's expert stack {stack / 1e9:.2f} GB, peak memory {peak / 1e9:.2f} GB")
+    print(f"model {held / 1e9:.2f} GB, one layer's expert stack in bf16 {stack / 1e9:.2f} GB, peak memory {peak / 1e9:.2f} GB")
     print(f"ratio peak_over_model {peak / held:.3f}")
     print(f"ratio extra_over_expert_stack {(peak - held - EMPTY_PROCESS_BYTES) / stack:.3f}")
     started = monotonic()
