@@ -24,12 +24,10 @@ from dsv2.model.accounting import (
 )
 from dsv2.model.config import ModelConfig
 from dsv2.model.yardstick import DEEPSEEK_67B
-from dsv2.presets import PRESETS, Published, preset
+from dsv2.presets import PRESETS, Published, preset, same_shape
 
 BITS = (16, 8, 6)  # of a cached number; 6 is what DeepSeek deploys (section 3.2.3)
 _TRAINING_LEN = 4096
-# Fields that say how a model is trained or padded, not what it computes.
-_NOT_SHAPE = ("initializer_range", "aux_loss_alpha", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def describe(target: Target) -> Description:
         target=target.name,
         source=target.source,
         hub_id=published.hub_id if published else None,
-        same_config=tuple(name for name in PRESETS if name != target.preset and _shape(preset(name)) == _shape(config)),
+        same_config=tuple(name for name in PRESETS if name != target.preset and same_shape(preset(name), config)),
         assumed=published.unseen if published else (),
         config=config,
         parameters=count_parameters(config),
@@ -124,10 +122,6 @@ def describe(target: Target) -> Description:
         capabilities=target.capabilities,
         weights=target.weights,
     )
-
-
-def _shape(config: ModelConfig) -> dict[str, Any]:
-    return config.model_dump(exclude=set(_NOT_SHAPE))
 
 
 def _by_bits(elements: int) -> dict[int, int | float]:

@@ -12,7 +12,7 @@ from dsv2.parallel.serving import ServePlan, Traffic
 
 GENERATED, YARDSTICK_GENERATED, RATIO = 55.5e3, 9.65e3, 5.76
 LEAST_GENERATED, LEAST_PROMPT = 50e3, 100e3
-PROMPT_PER_OUTPUT = 2.0  # assumed: the paper's >100K prompt beside >50K generated tokens
+PROMPT_PER_OUTPUT = 2.0  # assumed, no figure says it; the paper's >100K prompt beside >50K generated tokens suggested it
 STEP = 50  # tokens; of the grid of prompt lengths
 
 Planner = Callable[[Traffic, float], tuple[ServePlan, ServePlan]]

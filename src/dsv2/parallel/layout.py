@@ -80,11 +80,7 @@ class Layout:
             ConfigError: layers, experts or the batch do not divide; the message says by what.
         """
         check_expert_parallel(config, self.ep)
-        if (self.schedule == "interleaved") != (self.chunks > 1):
-            raise ConfigError(
-                f"schedule = {self.schedule} with chunks = {self.chunks}",
-                hint="interleaved needs chunks=2 or more, the other schedules chunks=1",
-            )
+        check_chunks(self.schedule, self.chunks)
         split_layers(config.num_hidden_layers, self.pp * self.chunks)
         ranks = self.ep * self.dp * self.micro_batch
         if self.batch % ranks:
@@ -96,6 +92,22 @@ class Layout:
                 f"interleaved needs a multiple of pp = {self.pp} microbatches per rank, not {self.microbatches}",
                 hint="change batch, dp or micro_batch",
             )
+
+
+def check_chunks(schedule: Schedule, chunks: int) -> None:
+    """Refuse a schedule that has not so many chunks.
+
+    Args:
+        schedule: of the pipeline.
+        chunks: model chunks per rank.
+
+    Raises:
+        ConfigError: interleaved with one chunk, or another schedule with several.
+    """
+    if (schedule == "interleaved") != (chunks > 1):
+        raise ConfigError(
+            f"schedule = {schedule} with chunks = {chunks}", hint="interleaved needs chunks=2 or more, the other schedules chunks=1"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ def activation_items(config: ModelConfig, devices: float, moe: bool) -> list[Act
     """Return what one layer keeps per token for its backward.
 
     Selective recompute does again what is cheap: norms, the up-projections of MLA, the SwiGLU product, the sorting of rows by expert.
+    The outputs of routed experts are not among them: the gradient of a gate g in g W_down h is <W_down^T dy, h>, and both factors are
+    there for the gradients of h and W_down anyway (``kernels/grouped.py`` does the same).
 
     Args:
         config: the model.
@@ -95,7 +97,6 @@ def activation_items(config: ModelConfig, devices: float, moe: bool) -> list[Act
         Activation("rows sorted by expert", chosen * 2.0 * d, False),
         Activation("gate and up of routed experts", chosen * 2 * narrow, True),
         Activation("their product", chosen * narrow, False),
-        Activation("outputs of routed experts, for the gates' gradient", chosen * 2.0 * d, False),
         Activation("gate and up of shared experts", 2 * shared, True),
         Activation("their product", shared, False),
     ]

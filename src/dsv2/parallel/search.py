@@ -1,14 +1,17 @@
-"""Layouts searched: every way to train on so many GPUs, those that fit ranked by GPU-hours, and the best explained. Works without torch."""
+"""Layouts searched: every way to train on so many GPUs, those that fit ranked by GPU-hours. Works without torch."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isqrt, prod
 from typing import Any
 
 from dsv2.errors import ConfigError
 from dsv2.model.config import ModelConfig
 from dsv2.parallel.hardware import Hardware
-from dsv2.parallel.layout import Layout
-from dsv2.parallel.simulate import COST, TrainPlan, simulate
+from dsv2.parallel.layout import Layout, check_chunks
+from dsv2.parallel.routing import check_expert_parallel
+from dsv2.parallel.schedules import Schedule, split_layers
+from dsv2.parallel.simulate import TrainPlan, simulate
 
 FREE: dict[str, tuple[Any, ...]] = {
     "schedule": ("1f1b", "interleaved", "zb-h1", "zb-h2"),
@@ -48,8 +51,12 @@ def search(config: ModelConfig, base: Layout, hardware: Hardware, gpus: int, fix
         fixed: fields of ``Layout`` that keep their value.
 
     Returns:
-        The layouts that fit, ranked by GPU-hours per 1e12 tokens.
+        The layouts that fit, ranked by GPU-hours per 1e12 tokens; of two that cost the same the lower ZeRO level.
+
+    Raises:
+        ConfigError: see ``check_fixed``.
     """
+    check_fixed(config, fixed)
     fitting: dict[tuple[int, int, str], TrainPlan] = {}
     smallest: TrainPlan | None = None
     cheapest: TrainPlan | None = None
@@ -76,7 +83,7 @@ def search(config: ModelConfig, base: Layout, hardware: Hardware, gpus: int, fix
 
 
 def smallest_cluster(config: ModelConfig, base: Layout, hardware: Hardware, fixed: Mapping[str, Any]) -> TrainPlan:
-    """Return the best layout of the smallest power of two of GPUs on which the model trains.
+    """Return the best layout of the smallest cluster on which the model trains: a power of two of GPUs, times the axes that are fixed.
 
     Args:
         config: the model.
@@ -88,15 +95,16 @@ def smallest_cluster(config: ModelConfig, base: Layout, hardware: Hardware, fixe
         Its plan.
 
     Raises:
-        ConfigError: it does not fit up to ``NOT_PLANNED`` GPUs.
+        ConfigError: it does not fit up to ``NOT_PLANNED`` GPUs, or see ``check_fixed``.
     """
-    gpus, nearest = 1, None
-    while gpus <= NOT_PLANNED:
+    first = prod(int(fixed.get(axis, 1)) for axis in ("pp", "ep", "dp"))
+    gpus, nearest = first, None
+    while gpus <= max(first, NOT_PLANNED):
         found = search(config, base, hardware, gpus, fixed)
         if found.best:
             return found.best[0]
         nearest, gpus = found.smallest or nearest, 2 * gpus
-    raise does_not_fit(nearest, NOT_PLANNED, hardware)
+    raise does_not_fit(nearest, gpus // 2, hardware)
 
 
 def does_not_fit(plan: TrainPlan | None, gpus: int, hardware: Hardware) -> ConfigError:
@@ -121,40 +129,38 @@ def does_not_fit(plan: TrainPlan | None, gpus: int, hardware: Hardware) -> Confi
     )
 
 
-def explain(found: Found) -> list[str]:
-    """Say in words why the best layout is ahead of the next two, and what memory rules out.
+def check_fixed(config: ModelConfig, fixed: Mapping[str, Any]) -> None:
+    """Refuse fixed parts that no layout can have, whatever the number of GPUs.
 
     Args:
-        found: with at least one layout that fits.
+        config: the model.
+        fixed: fields of ``Layout`` that keep their value.
 
-    Returns:
-        Sentences.
+    Raises:
+        ConfigError: experts or layers do not divide, or schedule and chunks contradict each other.
     """
-    best = found.best[0]
-    said = [f"Best: {best.layout.label}: {best.gpu_hours_per_trillion / 1e3:.1f}K GPU-hours per 1T tokens, {_room(best)}."]
-    for other in found.best[1:3]:
-        loss = other.gpu_hours_per_trillion / best.gpu_hours_per_trillion - 1
-        changes = sorted(((_share(other, part, best) - _share(best, part, best), part) for part in COST), key=lambda pair: -abs(pair[0]))
-        words = [f"{'more' if change > 0 else 'less'} {part} ({change:+.1%} of a step)" for change, part in changes if abs(change) > 5e-4]
-        said.append(f"{other.layout.label} costs {loss:.1%} more: {', '.join(words[:4]) or 'the same parts'}; {_room(other)}.")
-    missed = found.out_of_reach
-    if missed is not None and missed.gpu_hours_per_trillion < best.gpu_hours_per_trillion:
-        hours = f"{missed.gpu_hours_per_trillion / 1e3:.1f}K"
-        said.append(f"Memory rules out {missed.layout.label}, which would cost {hours}: it needs {_room(missed)}.")
-    return said
+    schedule, chunks = fixed.get("schedule"), fixed.get("chunks")
+    check_expert_parallel(config, fixed.get("ep", 1))
+    if schedule is not None and chunks is not None:
+        check_chunks(schedule, chunks)
+    split_layers(config.num_hidden_layers, fixed.get("pp", 1) * (chunks or (2 if schedule == "interleaved" else 1)))
 
 
-def _share(plan: TrainPlan, part: str, best: TrainPlan) -> float:
-    """One part of a step, in steps of the best plan at the same number of GPUs."""
-    return plan.cost[part] / best.step_seconds
+def _divisors(number: int, largest: int) -> list[int]:
+    """Divisors up to ``largest``, rising; takes the square root of the number in steps."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({divisor for n in small for divisor in (n, number // n) if divisor <= largest})
 
 
-def _room(plan: TrainPlan) -> str:
-    return f"{plan.needed / 1e9:.1f} of {plan.capacity / 1e9:.1f} GB per GPU"
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _schedules(pp: int, fixed: Mapping[str, Any]) -> list[tuple[Schedule, int]]:
+    """Pairs (schedule, chunks) to be tried; more than one chunk is the interleaved schedule, and no other has them."""
+    names: tuple[Schedule, ...] = FREE["schedule"] if pp > 1 or fixed.get("chunks", 1) > 1 else ("1f1b",)
+    found = []
+    for name in (fixed["schedule"],) if "schedule" in fixed else names:
+        for chunks in (fixed["chunks"],) if "chunks" in fixed else FREE["chunks"] if name == "interleaved" else (1,):
+            if (name == "interleaved") == (chunks > 1):
+                found.append((name, chunks))
+    return found
 
 
 def _candidates(config: ModelConfig, base: Layout, gpus: int, fixed: Mapping[str, Any]) -> Iterator[list[Layout]]:
@@ -163,23 +169,18 @@ def _candidates(config: ModelConfig, base: Layout, gpus: int, fixed: Mapping[str
     def options(name: str) -> tuple[Any, ...]:
         return (fixed[name],) if name in fixed else FREE[name]
 
-    for pp in _divisors(gpus):
-        if pp > config.num_hidden_layers or pp != fixed.get("pp", pp):
+    for pp in _divisors(gpus, config.num_hidden_layers):
+        if pp != fixed.get("pp", pp):
             continue
-        for ep in _divisors(gpus // pp):
+        for ep in _divisors(gpus // pp, config.n_routed_experts or 1):
             dp = gpus // pp // ep
-            if ep != fixed.get("ep", ep) or dp != fixed.get("dp", dp) or ep > (config.n_routed_experts or 1):
+            if ep != fixed.get("ep", ep) or dp != fixed.get("dp", dp):
                 continue
-            schedules = options("schedule") if pp > 1 or "schedule" in fixed else ("1f1b",)
-            for schedule in schedules:
-                chunk_options = options("chunks") if schedule == "interleaved" else (1,)
-                zeros = options("zero") if ep * dp > 1 or "zero" in fixed else (0,)
-                for chunks in chunk_options:
-                    for micro_batch in options("micro_batch"):
-                        if base.batch % (ep * dp * micro_batch):
-                            continue
-                        for zero in zeros:
-                            layout = replace(
-                                base, pp=pp, ep=ep, dp=dp, schedule=schedule, chunks=chunks, zero=zero, micro_batch=micro_batch
-                            )
-                            yield [replace(layout, recompute=recompute) for recompute in options("recompute")]
+            zeros = options("zero") if ep * dp > 1 or "zero" in fixed else (0,)
+            for schedule, chunks in _schedules(pp, fixed):
+                for micro_batch in options("micro_batch"):
+                    if base.batch % (ep * dp * micro_batch):
+                        continue
+                    for zero in zeros:  # rising: of two that cost the same the first is kept
+                        layout = replace(base, pp=pp, ep=ep, dp=dp, schedule=schedule, chunks=chunks, zero=zero, micro_batch=micro_batch)
+                        yield [replace(layout, recompute=recompute) for recompute in options("recompute")]

@@ -7,7 +7,7 @@ generated token with 2,300 tokens of context (the mix fitted in ``fit.py``) and 
   2 all-reduces x 95 layers x 16 KB x 7/4 = 5.4 MB, 27 us at 200 GB/s. Matrix units 18 us.
 - V2, data-parallel attention: matrix units, 7.5 us: 41.7 GFLOP in fp8 are 2.6 us, and absorbed attention 16.7 MFLOP a key in bf16, 2.1 ns.
   Memory 4.8 us, links 2.0 us. The cache is no longer what limits: past some 2,500 requests more of them gain nothing.
-- V2, plain TP-8: memory, 29 us: all heads share one latent, so each GPU holds and reads the whole cache, 7.7 ns a key, and an eighth of
+- V2, plain TP-8: memory, 30 us: all heads share one latent, so each GPU holds and reads the whole cache, 7.7 ns a key, and an eighth of
   the requests shares the weights' 9 ms.
 """
 
@@ -49,7 +49,7 @@ class ServeLayout:
     Args:
         gpus: that hold the model together.
         attention: "dp": attention, shared experts and head on every GPU, requests and their cache divided, routed experts spread (expert
-            parallelism); "tp": every matrix cut into as many parts as there are GPUs.
+            parallelism); "tp": every matrix cut into as many parts as there are GPUs, but for what spec 2.4 replicates.
         weight_bits: per weight.
         cache_bits: per cached number, on average.
         compute_bits: format of the matrix products: 8 or 16.
@@ -117,7 +117,7 @@ class ServePlan:
         cache_token_bytes: of one cached token on all GPUs together, copies counted.
         cache_copies: how often each cached number is held.
         capacity_tokens: tokens the cache holds; 0 or less: the weights do not fit.
-        batch: requests at once.
+        batch: requests at once; with data-parallel attention as many on each GPU as its own part of the cache holds.
         decode: roof of one step that generates one token for each request.
         prefill: roof of one step over ``PREFILL_TOKENS`` prompt tokens.
         cost_per_second: dollars for all GPUs.
@@ -140,6 +140,11 @@ class ServePlan:
     def fits(self) -> bool:
         """Whether weights and at least one request fit."""
         return self.batch > 0
+
+    @property
+    def room(self) -> float:
+        """Bytes that the requests on one GPU have with data-parallel attention, else those on all GPUs together."""
+        return self.capacity_tokens * self.cache_token_bytes / (self.layout.gpus if self.layout.attention == "dp" else 1)
 
     @property
     def generated_per_second(self) -> float:
@@ -216,7 +221,8 @@ def check_serving(model: Served, layout: ServeLayout) -> None:
     """
     if layout.attention == "tp" and model.heads % layout.gpus:
         raise ConfigError(
-            f"{model.heads} heads do not divide by {layout.gpus} GPUs with attention=tp", hint="use attention=dp or another number of gpus"
+            f"{model.name}: {model.heads} heads do not divide by {layout.gpus} GPUs with attention=tp",
+            hint="use attention=dp or another number of gpus",
         )
     if layout.attention == "dp" and model.config is not None and model.config.n_routed_experts is not None:
         try:
@@ -241,12 +247,15 @@ def plan_serving(model: Served, layout: ServeLayout, traffic: Traffic, hardware:
         ConfigError: heads or experts do not divide by the GPUs.
     """
     check_serving(model, layout)
-    copied = model.fixed + model.embedding
-    weights = ((layout.gpus if layout.attention == "dp" else 1) * copied + model.routed) * layout.weight_bits / 8
+    once, copied = model.routed, model.fixed + model.embedding
+    if layout.attention == "tp":
+        once, copied = once + copied - model.replicated, model.replicated
+    weights = (layout.gpus * copied + once) * layout.weight_bits / 8
     memory, copies = layout.gpus * hardware.memory_bytes, cache_copies(model, layout)
     token_bytes = model.cache_elements * layout.cache_bits / 8 * copies
     capacity = (memory - weights - layout.gpus * layout.reserve_bytes) / token_bytes
-    held = max(0, int(capacity / traffic.resident))
+    pools = layout.gpus if layout.attention == "dp" else 1  # a request lives on one GPU, so what is left over there serves nobody
+    held = pools * max(0, int(capacity / pools / traffic.resident))
     batch = held if layout.batch is None else min(held, layout.batch)
     return ServePlan(
         model, layout, traffic, weights, memory, token_bytes, copies, capacity, batch,
@@ -270,11 +279,17 @@ def decode_roof(model: Served, layout: ServeLayout, traffic: Traffic, hardware: 
         request's cache. Communication: see ``communication_seconds``.
     """
     gpus, keys = layout.gpus, batch * traffic.resident
-    products = 2 * batch * model.activated / (gpus * hardware.matrix_flops(layout.compute_bits))
+    products = 2 * batch * _on_one(model, layout, model.activated) / hardware.matrix_flops(layout.compute_bits)
     attention = keys * model.decode_flops_per_key / (gpus * hardware.bf16_flops)
     cache = keys * model.cache_elements * layout.cache_bits / 8 * cache_copies(model, layout) / gpus
     memory = (weights_read(model, layout, batch) + cache) / hardware.memory_bandwidth
     return Roof(products + attention, memory, communication_seconds(model, layout, hardware, batch), layout.overlap)
+
+
+def _on_one(model: Served, layout: ServeLayout, parameters: int) -> float:
+    """Return the parameters whose products one GPU computes, per token of all GPUs; plain TP repeats what it cannot cut."""
+    repeated = model.replicated if layout.attention == "tp" else 0
+    return repeated + (parameters - repeated) / layout.gpus
 
 
 def prefill_roof(model: Served, layout: ServeLayout, traffic: Traffic, hardware: Hardware) -> Roof:
@@ -290,7 +305,7 @@ def prefill_roof(model: Served, layout: ServeLayout, traffic: Traffic, hardware:
         As ``decode_roof``, attention in the expanded reading, no head.
     """
     tokens = PREFILL_TOKENS
-    products = 2 * tokens * (model.activated - model.head) / (layout.gpus * hardware.matrix_flops(layout.compute_bits))
+    products = 2 * tokens * _on_one(model, layout, model.activated - model.head) / hardware.matrix_flops(layout.compute_bits)
     attention = tokens * model.prefill_flops_per_key * traffic.prompt / 2 / (layout.gpus * hardware.bf16_flops)
     memory = weights_read(model, layout, tokens) / hardware.memory_bandwidth
     return Roof(products + attention, memory, communication_seconds(model, layout, hardware, tokens), layout.overlap)
@@ -305,10 +320,10 @@ def weights_read(model: Served, layout: ServeLayout, tokens: float) -> float:
         tokens: of all GPUs, which decide how many experts are touched: N (1 - (1 - K/N)^tokens).
 
     Returns:
-        With data-parallel attention everything but routed experts in full, else a share of it.
+        With data-parallel attention everything but routed experts in full, else a share of it and what tensor parallelism replicates.
     """
     share = experts_touched(model.config, tokens) / (model.config.n_routed_experts or 1) if model.config is not None else 0.0
-    fixed = model.fixed if layout.attention == "dp" else model.fixed / layout.gpus
+    fixed = model.fixed if layout.attention == "dp" else _on_one(model, layout, model.fixed)
     return (fixed + model.routed * share / layout.gpus) * layout.weight_bits / 8
 
 

@@ -2,7 +2,8 @@
 
 A microbatch on a stage costs F, B, W seconds: matrix products at ``efficiency`` of the bf16 peak, plus what recompute repeats and what
 the all-to-all leaves uncovered by the shared experts (section 3.1.3). The step is m times the slowest stage, the schedule's bubble, and
-the exchange of gradients and weights among copies. ``COST`` says which parts a step is made of; they add up to it exactly.
+what is not hidden of the exchange of gradients and weights among copies (``sync.py``). ``COST`` says which parts a step is made of; they
+add up to it exactly.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from dsv2.model.accounting import count_parameters, training_flops_per_token
 from dsv2.model.config import ModelConfig
 from dsv2.parallel.hardware import Hardware
-from dsv2.parallel.layout import Layout, Stage, layer_parameters, stage_parameters, stages_of
-from dsv2.parallel.memory import GRADIENT, WEIGHT, RankMemory, rank_memories
+from dsv2.parallel.layout import Layout, Stage, layer_parameters, stages_of
+from dsv2.parallel.memory import RankMemory, rank_memories
 from dsv2.parallel.routing import expected_devices
 from dsv2.parallel.schedules import SCHEDULES, Schedule, bubble_fraction, bubble_seconds
+from dsv2.parallel.sync import sync_seconds
 
 TRILLION = 1e12
 COST = ("compute", "recompute", "all-to-all", "imbalance", "bubble", "sync")
@@ -90,8 +92,9 @@ class TrainPlan:
         all_to_all: per token and MoE layer; None without routed experts.
         phases: F, B, W of the slowest stage.
         slowest: its rank.
-        bubbles: idle share of the step by schedule, this layout otherwise.
+        bubbles: idle share of the step by schedule, this layout otherwise; without those that need more layers than there are.
         cost: seconds of a step by part, named as in ``COST``.
+        sync_links_seconds: of a step in which the links exchange gradients and weights; ``cost`` holds what is not hidden.
         boundary_seconds: one stage handing one microbatch to the next; hidden behind compute.
         tokens_per_step: tokens of a step.
         flops_per_token: (6N alone, with causal attention).
@@ -107,6 +110,7 @@ class TrainPlan:
     slowest: int
     bubbles: dict[Schedule, float]
     cost: dict[str, float]
+    sync_links_seconds: float
     boundary_seconds: float
     tokens_per_step: int
     flops_per_token: tuple[float, float]
@@ -238,32 +242,6 @@ def stage_times(config: ModelConfig, layout: Layout, hardware: Hardware, stage: 
     return Times(3 * (products + attention), products, products + attention, repeated, exposed, exposed + again)
 
 
-def sync_seconds(config: ModelConfig, layout: Layout, hardware: Hardware, stage: Stage) -> tuple[float, float]:
-    """Return the seconds in which copies exchange gradients and weights.
-
-    Args:
-        config: the model.
-        layout: its zero, ep and dp.
-        hardware: bandwidths; a group that fits into a node uses the fast links.
-        stage: what the rank holds.
-
-    Returns:
-        (once per step, per microbatch). ZeRO-0: all-reduce; 1: reduce-scatter of gradients, all-gather of weights; 2: the first of them
-        for each microbatch; 3: weights are gathered for each forward and backward as well.
-    """
-    copied, experts = stage_parameters(config, stage)
-    bandwidth = hardware.intra_bandwidth if layout.ep * layout.dp <= hardware.gpus_per_node else hardware.inter_bandwidth
-    wide, narrow = layout.ep * layout.dp, layout.dp
-    moved = (copied * (wide - 1) / wide + experts / layout.ep * (narrow - 1) / narrow) / bandwidth
-    if layout.zero == 0:
-        return 2 * GRADIENT * moved, 0.0
-    if layout.zero == 1:
-        return (GRADIENT + WEIGHT) * moved, 0.0
-    if layout.zero == 2:
-        return WEIGHT * moved, GRADIENT * moved
-    return 0.0, (GRADIENT + 2 * WEIGHT) * moved
-
-
 def simulate(config: ModelConfig, layout: Layout, hardware: Hardware) -> TrainPlan:
     """Plan the training of a model.
 
@@ -280,29 +258,28 @@ def simulate(config: ModelConfig, layout: Layout, hardware: Hardware) -> TrainPl
     """
     layout.check(config)
     stages, exchange = stages_of(config, layout), all_to_all(config, layout, hardware)
-    known: dict[Stage, tuple[Times, float, float]] = {}  # most stages are alike
-    for stage in stages:
-        if stage not in known:
-            times, (once, each) = stage_times(config, layout, hardware, stage, exchange), sync_seconds(config, layout, hardware, stage)
-            # What is exchanged for every microbatch hides behind it as far as it can; the exchange of a step does not.
-            known[stage] = (times, once, max(0.0, each - times.total))
-    totals = [known[stage][0].total for stage in stages]
+    known = {stage: stage_times(config, layout, hardware, stage, exchange) for stage in set(stages)}  # most stages are alike
+    parts = [known[stage] for stage in stages]
+    totals = [part.total for part in parts]
     slowest = max(range(layout.pp), key=totals.__getitem__)
-    forward, backward, weight = known[stages[slowest]][0].phases
+    forward, backward, weight = parts[slowest].phases
     m, mean = layout.microbatches, lambda values: sum(values) / layout.pp
     bubbles: dict[Schedule, float] = {}
     for schedule in SCHEDULES:
         chunks = max(layout.chunks, 2) if schedule == "interleaved" else 1
+        if layout.pp * chunks > config.num_hidden_layers:
+            continue
         idle = bubble_seconds(schedule, layout.pp, m, forward, backward, weight, chunks)
         bubbles[schedule] = bubble_fraction(idle, m, totals[slowest])
-    parts = [known[stage][0] for stage in stages]
+    phases = {stage: times.phases for stage, times in known.items()}
+    synced = [sync_seconds(config, layout, hardware, stage, f, b + w) for stage, (f, b, w) in phases.items()]
     cost = {
         "compute": m * mean([part.compute for part in parts]),
         "recompute": m * mean([part.recompute for part in parts]),
         "all-to-all": m * mean([part.exposed_forward + part.exposed_backward for part in parts]),
         "imbalance": m * (totals[slowest] - mean(totals)),
         "bubble": bubble_seconds(layout.schedule, layout.pp, m, forward, backward, weight, layout.chunks),
-        "sync": max(once + m * each for _, once, each in known.values()),
+        "sync": max(exposed for _, exposed in synced),
     }
     outer = hardware.intra_bandwidth if layout.gpus <= hardware.gpus_per_node else hardware.inter_bandwidth
     return TrainPlan(
@@ -315,6 +292,7 @@ def simulate(config: ModelConfig, layout: Layout, hardware: Hardware) -> TrainPl
         slowest=slowest,
         bubbles=bubbles,
         cost=cost,
+        sync_links_seconds=max(sent for sent, _ in synced),
         boundary_seconds=2.0 * layout.tokens * config.hidden_size / outer if layout.pp > 1 else 0.0,
         tokens_per_step=layout.batch * layout.seq_len,
         flops_per_token=flops_per_token(config, layout.seq_len),

@@ -31,14 +31,15 @@ def run(
         as_json: print one JSON object.
 
     Raises:
-        ConfigError: an unknown key or machine, a layout that does not divide, or one that does not fit, after it was printed.
+        ConfigError: an unknown key or machine, an ``out`` that cannot be written, a layout that does not divide, or one that does not
+            fit, after it was printed.
     """
-    if out is not None and out.suffix and out.suffix != ".png":
-        raise ConfigError(f"--out = {out} must be a .png file or a folder")
+    if out is not None:
+        _check(out)
     found = find_target(target)
     answer = (plan_train if what == "train" else plan_serve)(found.config, found.preset or _short(target), overrides, search)
     if as_json:
-        print(json.dumps(answer.values, indent=1))
+        print(json.dumps(answer.to_json(), indent=1))
     else:
         show(answer)
     if answer.problem is not None:
@@ -47,8 +48,23 @@ def run(
         _write(answer, out)
 
 
+def _check(out: Path) -> None:
+    """Refuse, before anything is computed, a path that could not be written."""
+    from dsv2.files import existing_parent
+
+    if out == Path():  # an empty --out is the current folder to pathlib, and nobody's wish
+        raise ConfigError("--out = '' or . names no file", hint="say --out plan.png, or a folder such as --out plan")
+    if out.suffix and out.suffix != ".png" and not out.is_dir():
+        raise ConfigError(f"--out = {out} must be a .png file or a folder")
+    if out.is_dir() and out.suffix == ".png":
+        raise ConfigError(f"--out = {out} is a folder, and a picture is to be written there", hint="choose another name")
+    above = existing_parent(out)
+    if not above.is_dir() and not (above == out.absolute() and out.suffix == ".png"):
+        raise ConfigError(f"--out = {out}: {above} is a file, no folder", hint="choose another folder, or a name ending in .png")
+
+
 def _short(target: str) -> str:
-    """Name a path by its folder, since the name heads a column."""
+    """Name a path by its folder, since the name is part of titles."""
     path = Path(target).resolve()
     return (path.parent if path.suffix == ".json" else path).name or target
 
@@ -58,8 +74,7 @@ def _write(answer: Answer, out: Path) -> None:
     from dsv2.progress import console
 
     picture = out if out.suffix == ".png" else out / "plan.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(picture, answer.draw())
     if picture != out:
-        atomic_write(out / "plan.json", json.dumps(answer.values, indent=1).encode())
+        atomic_write(out / "plan.json", json.dumps(answer.to_json(), indent=1).encode())
     console().print(f"wrote {picture}", markup=False, soft_wrap=True)

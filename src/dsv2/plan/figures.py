@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from math import log2
 from typing import Any
 
 from dsv2.parallel.fit import GENERATED, RATIO, YARDSTICK_GENERATED
@@ -12,7 +13,6 @@ from dsv2.parallel.search import Found
 from dsv2.parallel.simulate import COST, TrainPlan
 
 INK, SOFT, RULE = "#1f2430", "#69707d", "#dfe2e8"
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind text, so that no line runs through it
 HUES = ("#2f6fde", "#d9622b", "#2a9d74", "#8a5cc2", "#c9a227", "#b0b6c2")
 SETTINGS: dict[str, Any] = {
     "font.size": 10, "font.family": ["DejaVu Sans"], "text.color": INK, "axes.edgecolor": RULE, "axes.labelcolor": SOFT,
@@ -65,8 +65,9 @@ def scaling(name: str, hardware: Hardware, plan: TrainPlan, points: Sequence[tup
     fitting = [(gpus, found.best[0]) for gpus, found in points if found.best]
     missing = [(gpus, found.smallest) for gpus, found in points if not found.best]
     layout = plan.layout
+    sizes = f"{points[0][0]:,} to {points[-1][0]:,}"
     title = (
-        f"Training {name} on 8 to 16,384 {hardware.name}\nthe best layout of each number of GPUs (pp x ep x dp); {layout.batch:,} sequences"
+        f"Training {name} on {sizes} {hardware.name}\nthe best layout of each number of GPUs (pp x ep x dp); {layout.batch:,} sequences"
         f" of {layout.seq_len:,} tokens a step at every size, {layout.schedule if layout.pp > 1 else 'any schedule'}"
     )
     with drawing((1.25, 1.25, 1), 9.6, 9.2, title) as (axes, result):
@@ -94,7 +95,7 @@ def _rates(axis: Any, fitting: Sequence[tuple[int, TrainPlan]], plan: TrainPlan)
     axis.plot(sizes, rates, color=HUES[0], marker="o", markersize=5, linewidth=2, label="best layout")
     if plan.fits:
         axis.plot([plan.layout.gpus], [plan.tokens_per_second], "D", color=HUES[1], markersize=8, label=plan.layout.label)
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper left")  # the curve rises; what does not fit or divide is written at the bottom
 
 
 def _utilisation(axis: Any, fitting: Sequence[tuple[int, TrainPlan]], plan: TrainPlan) -> None:
@@ -103,10 +104,10 @@ def _utilisation(axis: Any, fitting: Sequence[tuple[int, TrainPlan]], plan: Trai
         return
     values = [100 * best.mfu[1] for _, best in fitting]
     axis.plot([gpus for gpus, _ in fitting], values, color=HUES[0], marker="o", markersize=5, linewidth=2)
-    axis.set_ylim(0, max(values) * 1.3)
-    for (gpus, best), value in zip(fitting, values, strict=True):
+    axis.set_ylim(0, max([*values, 100 * plan.mfu[1] if plan.fits else 0.0]) * 1.4)
+    for (gpus, best), value in zip(fitting, values, strict=True):  # in a row above the curve, where no line runs
         text = f"{value:.1f}\n{best.layout.pp}x{best.layout.ep}x{best.layout.dp}\nZeRO-{best.layout.zero}"
-        axis.annotate(text, (gpus, value), (0, 9), textcoords="offset points", ha="center", fontsize=8, bbox=PAPER, zorder=1.9)
+        axis.annotate(text, (gpus, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
     if plan.fits:
         axis.plot([plan.layout.gpus], [100 * plan.mfu[1]], "D", color=HUES[1], markersize=8)
 
@@ -154,8 +155,8 @@ def contexts(
         gpus: how many.
         resident: cached tokens of a request in the planned traffic.
         utilisation: of all curves.
-        curves: name -> points (cached tokens, tokens/s); the first is the model as asked, the last the yardstick.
-        published: draw the published rates at the planned traffic.
+        curves: name -> points (cached tokens, tokens/s); the first is the model as asked.
+        published: draw the published rates at the planned traffic; the last curve is then the yardstick.
 
     Returns:
         A PNG.
@@ -168,9 +169,12 @@ def contexts(
         for index, (label, points) in enumerate(curves.items()):
             axes[0].plot([x for x, _ in points], [y for _, y in points], color=HUES[index], linewidth=2.2, label=label)
         axes[0].axvline(resident, color=SOFT, linestyle=":", linewidth=1.2)
+        longest = max([resident, *(x for points in curves.values() for x, _ in points)])
+        rates = [y for points in curves.values() for _, y in points]
+        left = resident > longest / 4
         axes[0].annotate(
-            f"planned traffic, {resident:,.0f}", (resident, 0.02), (4, 0), xycoords=("data", "axes fraction"),
-            textcoords="offset points", color=SOFT, fontsize=8.5,
+            f"planned traffic, {resident:,.0f}", (resident, 0.02), (-4 if left else 4, 0), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="right" if left else "left", color=SOFT, fontsize=8.5,
         )  # fmt: skip
         if published:
             for rate, text, place in (
@@ -182,11 +186,15 @@ def contexts(
                     text, (resident, rate), place, textcoords="offset points", ha="left" if place[0] > 0 else "right", fontsize=9
                 )
             _ratio(axes[1], resident, curves)
-        axes[0].set_yscale("log")
+        wide = bool(rates) and max(rates) > 10 * min(rates)
+        if wide:
+            axes[0].set_yscale("log")
+        else:  # within a decade a log axis may have no tick
+            axes[0].set_ylim(0, None)
+        axes[0].legend(loc="upper right" if wide else "lower left")
         axes[0].set_ylabel("generated tokens/s")
-        axes[0].legend(loc="upper right")
         axes[-1].set_xscale("log", base=2)
-        ticks = [256 * 2**power for power in range(9)]
+        ticks = [2**power for power in range(int(log2(longest)) - 7, int(log2(longest)) + 2) if power >= 0]
         axes[-1].set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes[-1].minorticks_off()
         axes[-1].set_xlabel("cached tokens of a request: prompt + answer / 2")

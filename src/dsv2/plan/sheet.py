@@ -1,7 +1,10 @@
 """What an answer is made of: tables whose last column says how a number comes about, the same values for JSON, and a drawing."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any
 
 from dsv2.errors import ConfigError
@@ -43,9 +46,14 @@ class Answer:
     draw: Callable[[], bytes]
     problem: ConfigError | None = field(default=None)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is said as one object: the values, the sentences, what is assumed."""
+        assumed = [{"what": what, "why": why} for what, why in self.assumptions]
+        return self.values | {"words": list(self.words), "assumptions": assumed}
+
 
 def show(answer: Answer) -> None:
-    """Print an answer on stdout.
+    """Print an answer on stdout; on a terminal its sentences are wrapped, else each is one line.
 
     Args:
         answer: what to print.
@@ -58,7 +66,8 @@ def show(answer: Answer) -> None:
         table(sheet.title, sheet.columns, sheet.rows, right=numbers, stdout=True)
     if answer.words:
         print()
-        print("\n".join(answer.words))
+        width = get_terminal_size().columns if sys.stdout.isatty() else 0
+        print("\n".join(fill(sentence, width) if width else sentence for sentence in answer.words))
     print()
     table("Assumptions", ("what", "why"), answer.assumptions, stdout=True)
 
@@ -111,8 +120,10 @@ def clock(seconds: float) -> str:
         seconds: how many.
 
     Returns:
-        Such as "2.4 ms" or "11.6 s".
+        Such as "2.40 ms" or "11.60 s"; "0 s" for none.
     """
+    if seconds == 0:
+        return "0 s"
     if seconds >= 1:
         return f"{seconds:,.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
