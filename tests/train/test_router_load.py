@@ -16,9 +16,7 @@ def stats_of(experts, num_experts, kept=None, layer=1):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    batch=st.integers(1, 3), length=st.integers(1, 5), groups=st.integers(1, 4), group_len=st.integers(1, 3), data=st.data()
-)
+@given(batch=st.integers(1, 3), length=st.integers(1, 5), groups=st.integers(1, 4), group_len=st.integers(1, 3), data=st.data())
 def test_counts_are_those_of_a_plain_loop(batch, length, groups, group_len, data):
     num_experts = groups * group_len
     chosen = data.draw(st.integers(1, num_experts))

@@ -85,14 +85,13 @@ def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimiz
     if not checkpoints(folder):
         return None
     remove_old(folder, keep)
-    return _restore(folder, model, optimizer)
+    return _restore(checkpoints(folder)[-1], model, optimizer)
 
 
-def _restore(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
-    found = checkpoints(folder)
-    verify_manifest(found[-1])
-    fill_model(model, FolderSource(open_folder(found[-1])))
-    state = load_training(found[-1])
+def _restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
+    verify_manifest(checkpoint)
+    fill_model(model, FolderSource(open_folder(checkpoint)))
+    state = load_training(checkpoint)
     restore_optimizer(model, optimizer, state.optimizer)
     return state
 
@@ -219,7 +218,9 @@ def _answer(
     metrics: MetricsLog,
     here: _Place,
 ) -> GuardState:
-    """Log a spike; after too many in a row, bring weights and moments of the last checkpoint back and go on with the data that follow.
+    """Log a spike; after too many in a row, bring weights and moments of a checkpoint back and go on with the data that follow.
+
+    The checkpoint is the newest that was not written amid spikes: such a one holds the weights that the run has now.
 
     Raises:
         Dsv2Error: there is no checkpoint to go back to, or the spikes went on after a rollback.
@@ -229,10 +230,11 @@ def _answer(
         metrics.write(here.step, "spike", **what, action="skipped")
         return guard
     problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
-    if guard.rolled_back or not checkpoints(here.folder):
-        reason = "and the last checkpoint was already restored" if guard.rolled_back else "before the first checkpoint"
+    calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_training(path).guard).in_a_row]
+    if guard.rolled_back or not calm:
+        reason = "and a checkpoint was restored already" if guard.rolled_back else "and no checkpoint from before them"
         raise Dsv2Error(f"{problem}, {reason}", hint="lower learning_rate.peak, or raise guard.sigma, in a new run")
-    state = _restore(here.folder, model, optimizer)
+    state = _restore(calm[-1], model, optimizer)
     metrics.write(here.step, "spike", **what, action=f"rolled back to step {state.step}")
     console().print(f"{problem}: weights of step {state.step} restored", markup=False, soft_wrap=True)
     return after_rollback(guard)
