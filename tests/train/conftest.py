@@ -31,3 +31,13 @@ def two_threads():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For runs that are compared with each other many times: threads that wait for each other are slow on a busy machine."""
+    before = torch.get_num_threads()
+    make_deterministic(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
