@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from training_runs import RECIPE, recipe
@@ -57,8 +58,9 @@ def test_a_start_that_does_not_fit_is_refused(corpus, tmp_path):
     other = continued("x").model_copy(update={"model": continued(tmp_path / "base").model.model_copy(update={"overrides": wide})})
     with pytest.raises(ConfigError, match="different: intermediate_size"):
         pretrain(other, corpus, tmp_path / "run")
-    words = ["harbour", "lantern", "copper", "meadow", "winter", "orchard", "saddle", "ribbon", "thunder", "pebble", "cradle", "velvet"]
-    tokenizer = train_tokenizer([" ".join(words[n:] + words[:n]) for n in range(12)], vocab_size=corpus.tokenizer.vocab_size)
+    letters = np.random.default_rng(1).choice(list("abcdefghijklmnopqrstuvwxyz"), size=(80, 7))
+    text = " ".join("".join(word) for word in letters)
+    tokenizer = train_tokenizer([text] * 3, vocab_size=corpus.tokenizer.vocab_size)
     assert tokenizer.vocab_size == corpus.tokenizer.vocab_size
     with pytest.raises(ConfigError, match="another tokenizer"):
         pretrain(continued(tmp_path / "base"), Corpus(corpus.train, corpus.validation, tokenizer), tmp_path / "run")
@@ -100,3 +102,22 @@ def test_a_profiled_run_leaves_a_trace_and_the_same_weights(corpus, tmp_path, ca
 def test_determinism_is_enforced_or_waived(corpus, tmp_path, wanted):
     pretrain(recipe(deterministic=wanted, tokens=256), corpus, tmp_path)
     assert torch.are_deterministic_algorithms_enabled() is wanted
+
+
+def test_a_run_too_short_to_profile_says_so(corpus, tmp_path, capsys):
+    pretrain(recipe(profile_steps=2, tokens=32), corpus, tmp_path)
+    assert "nothing was profiled" in capsys.readouterr().err
+    assert not (tmp_path / "trace.json").exists()
+
+
+def test_initial_values_scaled_by_width():
+    """sigma = 0.006 sqrt(5120 / d): the published deviation at the published width, and the same spread of a layer's outputs at others."""
+    for hidden, expected in ((5120, 0.006), (1280, 0.012), (32, 0.006 * 160**0.5)):
+        overrides = RECIPE["model"]["overrides"] | {"hidden_size": hidden}
+        scaled = PretrainRecipe.model_validate(RECIPE | {"model": {"preset": "tour", "overrides": overrides, "init": "width"}})
+        assert scaled.model_config_for(None).initializer_range == pytest.approx(expected)
+    plain = PretrainRecipe.model_validate(RECIPE)
+    assert plain.model_config_for(None).initializer_range == 0.02
+    twice = PretrainRecipe.model_validate(RECIPE | {"model": {"preset": "tour", "overrides": {"initializer_range": 0.05}, "init": "width"}})
+    with pytest.raises(ConfigError, match="initializer_range"):
+        twice.model_config_for(None)

@@ -65,7 +65,8 @@ def test_steps_and_decay_points_of_the_table():
     assert [point * large.run.tokens for point in large.learning_rate.decay_points] == pytest.approx([4.86e12, 7.29e12])
     steps = list(steps_of(large.batch, 4096, large.run.tokens))
     ramp = sum(1 for consumed, _ in steps if consumed * 4096 < 225e9)
-    assert 9_500 <= ramp <= 11_000 and len(steps) == pytest.approx(219_000, rel=0.005)
+    # linear in tokens: 225e9 / (4096 * (9216 - 2304)) * ln(9216 / 2304) = 11.0K
+    assert ramp == pytest.approx(11_017, abs=3) and len(steps) == pytest.approx(219_000, rel=0.005)
 
 
 def test_continued_recipes_begin_before_the_first_decay():

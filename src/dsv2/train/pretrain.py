@@ -6,11 +6,12 @@ RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +41,7 @@ from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
 
 RECIPE, PLAN = "recipe.toml", "plan.json"
+PAPER_DEVIATION, PAPER_WIDTH = 0.006, 5120  # of V2's initial values, and its hidden size (section 3.1.2)
 
 
 class ModelSection(Section):
@@ -47,6 +49,9 @@ class ModelSection(Section):
 
     preset: str = Field(description="name of a preset")
     overrides: dict[str, Any] = Field(default_factory=dict, description="config.json fields to replace")
+    init: Literal["config", "width"] = Field(
+        default="config", description="initial deviation: the config's initializer_range, or 0.006 sqrt(5120 / hidden_size)"
+    )
     start: str | None = Field(
         default=None, description="checkpoint to continue from, weights only; absent: initial values; empty: must be given"
     )
@@ -95,6 +100,14 @@ class PretrainRecipe(Section):
                         f"model.overrides.{name} = {overrides[name]!r}; the data's tokenizer says {value}", hint="leave it out"
                     )
             overrides |= given
+        if self.model.init == "width":
+            if "initializer_range" in overrides:
+                raise ConfigError(
+                    f"model.init = 'width' and model.overrides.initializer_range = {overrides['initializer_range']} both set the deviation",
+                    hint="state one of them",
+                )
+            hidden = preset(self.model.preset, **overrides).hidden_size
+            overrides["initializer_range"] = PAPER_DEVIATION * math.sqrt(PAPER_WIDTH / hidden)
         return preset(self.model.preset, **overrides)
 
 

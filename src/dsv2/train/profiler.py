@@ -28,7 +28,10 @@ def profiled(num_steps: int, folder: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
 
+    finished: list[bool] = []
+
     def finish(done: profile) -> None:
+        finished.append(True)
         done.export_chrome_trace(str(folder / TRACE))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         console().print(done.key_averages().table(sort_by=order, row_limit=_ROWS), markup=False, soft_wrap=True)
@@ -42,3 +45,5 @@ def profiled(num_steps: int, folder: Path) -> Iterator[Callable[[], None]]:
         acc_events=True,
     ) as profiler:
         yield profiler.step
+    if not finished:
+        console().print("nothing was profiled: the run had no third step", markup=False)

@@ -36,6 +36,8 @@ def check_start(start: str, config: ModelConfig, tokenizer: Tokenizer) -> str:
             "model.start is empty: this recipe continues a pre-trained model", hint="name its checkpoint: model.start=PATH, weights only"
         )
     folder = latest_checkpoint(start)
+    if (folder / "tokenizer.json").is_file() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"model.start = {start!r} has another tokenizer than the data", hint="prepare the data with its tokenizer")
     found = open_folder(folder).config
     if not same_shape(found, config):
         differ = [name for name, value in config.model_dump().items() if found.model_dump()[name] != value]
@@ -43,8 +45,6 @@ def check_start(start: str, config: ModelConfig, tokenizer: Tokenizer) -> str:
             f"model.start = {start!r} is of another shape than the run's model; different: {', '.join(differ)}",
             hint="set model.preset and model.overrides to those of the checkpoint",
         )
-    if (folder / "tokenizer.json").is_file() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-        raise ConfigError(f"model.start = {start!r} has another tokenizer than the data", hint="prepare the data with its tokenizer")
     named = folder / MANIFEST
     return sha256_of(named if named.is_file() else folder / "config.json")
 
