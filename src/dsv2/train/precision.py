@@ -49,3 +49,4 @@ def require_determinism(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice
