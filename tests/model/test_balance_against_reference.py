@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss, pool_sequences
 from reference import balance
 
 
@@ -67,6 +67,8 @@ WORKED = [
 def test_worked_cases(affinity, experts, expected):
     losses = all_three(torch.tensor([affinity]), torch.tensor([experts]), 2, 1)
     assert [loss.item() for loss in losses] == pytest.approx([expected] * 3, abs=1e-6)
+    one = pool_sequences(torch.tensor([affinity]), torch.tensor([experts]))
+    assert [loss.item() for loss in all_three(*one, 2, 1)] == [loss.item() for loss in losses], "one sequence is its own pool"
 
 
 def test_losses_are_per_sequence_not_over_the_batch():
@@ -75,6 +77,7 @@ def test_losses_are_per_sequence_not_over_the_batch():
     experts = torch.tensor([[[0, 1]] * 2, [[3, 2]] * 2])
     losses = all_three(affinity, experts, 2, 1)
     assert [loss.item() for loss in losses] == pytest.approx([1.6, 1.6, 1.6], abs=1e-6)
+    assert [loss.item() for loss in all_three(*pool_sequences(affinity, experts), 2, 1)] == pytest.approx([1.0, 1.0, 1.0], abs=1e-6)
 
 
 def test_balanced_routing_gives_one():

@@ -45,6 +45,13 @@ def learning_rate(
     return rate
 
 
+def cosine_rate(step: int, tokens: float, *, peak: float, warmup_steps: int, total_tokens: float, final_share: float = 0.1) -> float:
+    """Warm-up as above, times a half cosine over the tokens from 1 to `final_share` (Coder-V2 report, section 3.2)."""
+    rate = peak * min(step / warmup_steps, 1.0) if warmup_steps else peak
+    angle = math.pi * min(tokens / total_tokens, 1.0)
+    return rate * (final_share + (1.0 - final_share) * (1.0 + math.cos(angle)) / 2.0)
+
+
 def batch_size(tokens: float, *, start: int, end: int, ramp_tokens: float, multiple: int = 1) -> int:
     """Sequences per batch, linear in consumed tokens from `start` to `end` at `ramp_tokens`, rounded to a multiple (spec 10.10)."""
     share = min(tokens / ramp_tokens, 1.0) if ramp_tokens else 1.0

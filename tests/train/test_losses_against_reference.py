@@ -1,12 +1,14 @@
 """The training loss of a packed batch against the oracle: cross entropy of next tokens in a document, three balance losses per layer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dsv2.data.batch import IGNORE, Batch
 from dsv2.model.config import ModelConfig
+from dsv2.model.dropping import Dropping
 from dsv2.train.losses import BalanceSection, balance_loss, batch_losses, token_nll
 from reference import balance, training, transformer
 from reference.subject import our_model
@@ -63,6 +65,34 @@ def test_balance_of_v2_when_routing_is_even():
     assert balance_loss(stats, weights, config).item() == pytest.approx(3 * 0.073, rel=1e-5)
     assert balance_loss(stats, BalanceSection(expert=0, device=0, communication=0), config).item() == 0
     assert balance_loss([], weights, config).item() == 0
+
+
+def test_balance_is_of_the_choice_before_dropping():
+    """f counts what the router chose (spec 10.9): the same losses whatever is dropped."""
+    config = CONFIGS["four-groups"]
+    model, batch = our_model(random_state(config), config), packed_batch()
+    plain = model.model.layers[1].mlp(torch.randn(2, 10, config["hidden_size"], dtype=torch.float64))[1]
+    dropped = replace(plain, kept=torch.zeros_like(plain.experts, dtype=torch.bool))
+    assert balance_loss([dropped], ALPHAS, model.config).item() == balance_loss([plain], ALPHAS, model.config).item()
+    losses = batch_losses(model, batch, ALPHAS, dropping=Dropping(0.5, torch.tensor([False, True])))
+    assert all(layer.kept is not None and not layer.kept.all() for layer in losses.router_stats)
+    assert losses.nll.item() != batch_losses(model, batch, ALPHAS).nll.item()
+
+
+@pytest.mark.parametrize("name", ["v2", "four-groups"])
+def test_pooled_losses_are_those_of_one_long_sequence(name):
+    config = CONFIGS[name]
+    state = random_state(config)
+    pooled = ALPHAS.model_copy(update={"scope": "micro-batch"})
+    ours = batch_losses(our_model(state, config), packed_batch(), pooled)
+    rows = [transformer.forward(state, config, *row) for row in zip(TOKENS, POSITIONS, DOCUMENTS, strict=True)]
+    expected, groups = 0.0, (config["n_group"], config["topk_group"])
+    for layer in range(len(rows[0].affinities)):
+        both = torch.cat([row.affinities[layer] for row in rows]), torch.cat([row.experts[layer] for row in rows])
+        expected = expected + 0.3 * balance.expert_loss(*both)
+        expected = expected + 0.05 * balance.device_loss(*both, groups[0]) + 0.02 * balance.communication_loss(*both, *groups)
+    assert ours.balance.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ours.balance.item() != pytest.approx(batch_losses(our_model(state, config), packed_batch(), ALPHAS).balance.item(), rel=1e-4)
 
 
 def test_a_uniform_model_costs_ln_of_the_vocabulary():

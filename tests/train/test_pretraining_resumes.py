@@ -1,67 +1,18 @@
 """Pre-training stopped at any step and resumed is the undisturbed run, bit for bit, with two threads."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
-import torch
+from training_runs import RECIPE, recipe, without_times
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
-from dsv2.data.documents import Document
-from dsv2.data.prepare import prepare
 from dsv2.errors import CheckpointError, DataError, Dsv2Error
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train import loop
-from dsv2.train.precision import make_deterministic
 from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
 
-RECIPE = {
-    "model": {
-        "preset": "tour",
-        "overrides": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
-            "topk_method": "group_limited_greedy", "max_position_embeddings": 64,
-        },
-    },
-    "run": {"tokens": 3072, "seq_len": 32, "precision": "fp32", "validate_every": 3, "sample_every": 4, "checkpoint_every": 2, "keep": 2},
-    "batch": {"sequences": 8, "initial_sequences": 4, "ramp_tokens": 1024, "micro_sequences": 4},
-    "learning_rate": {"peak": 3e-3, "warmup_steps": 2},
-    "balance": {"expert": 0.01, "device": 0.01, "communication": 0.01},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("resume")
-    rng = np.random.default_rng(0)
-    words = ["river", "stone", "model", "expert", "token", "latent", "gate", "rope"]
-    texts = [" ".join(rng.choice(words, size=60)) + "." for _ in range(30)]
-    tokenizer = train_tokenizer(texts, vocab_size=384)
-    tokenizer.save(folder / "tokenizer")
-    for split, part in (("train", texts[:24]), ("validation", texts[24:])):
-        prepare([Document(text, ("a", "b")[n % 2], "test", str(n)) for n, text in enumerate(part)], tokenizer, folder / split)
-    return Corpus.open(folder)
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    make_deterministic(2)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(before)
-
-
-def recipe(**run: object) -> PretrainRecipe:
-    return PretrainRecipe.model_validate(RECIPE | {"run": RECIPE["run"] | run})
-
-
-def without_times(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in read_metrics(folder / "metrics.jsonl")]
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

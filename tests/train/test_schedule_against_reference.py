@@ -45,6 +45,36 @@ def test_learning_rate_is_the_reference(step, tokens, warmup, points, factor):
     assert ours == pytest.approx(expected, rel=1e-12)
 
 
+@settings(deadline=None, max_examples=100)
+@given(step=st.integers(0, 300), tokens=st.integers(0, 1000), warmup=st.integers(0, 200), share=st.floats(0, 1))
+def test_cosine_is_the_reference(step, tokens, warmup, share):
+    schedule = LearningRate(peak=3e-4, warmup_steps=warmup, decay="cosine", final_share=share)
+    ours = learning_rate(schedule, step=step, tokens=tokens, total_tokens=800)
+    expected = training.cosine_rate(step + 1, tokens, peak=3e-4, warmup_steps=warmup, total_tokens=800, final_share=share)
+    assert ours == pytest.approx(expected, rel=1e-12, abs=1e-20)
+
+
+def test_published_learning_rates_of_coder_v2():
+    schedule = LearningRate(peak=2.4e-4, warmup_steps=2000, decay="cosine", final_share=0.1)
+    total, batch = 6_000_000_000_000, 9216 * 4096
+
+    def rate(step, tokens):
+        return learning_rate(schedule, step=step, tokens=tokens, total_tokens=total)
+
+    assert rate(0, 0) == pytest.approx(2.4e-4 / 2000)
+    assert rate(1999, 1999 * batch) == pytest.approx(2.4e-4, rel=5e-4)
+    assert rate(10**5, total // 2) == pytest.approx(2.4e-4 * 0.55)
+    assert rate(10**6, total) == pytest.approx(2.4e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"decay": "cosine", "decay_points": (0.5,)}, {"decay": "cosine", "decay_factor": 0.5}, {"decay": "steps", "final_share": 0.2}]
+)
+def test_values_that_a_decay_would_ignore_are_refused(wrong):
+    with pytest.raises(ValueError, match="has no meaning with decay"):
+        LearningRate(peak=1e-3, **wrong)
+
+
 def test_published_batch_ramp_of_v2():
     assert [batch_size(V2_BATCH, int(tokens)) for tokens in (0, 112.5e9, 225e9, 8e12)] == [2304, 5760, 9216, 9216]
 

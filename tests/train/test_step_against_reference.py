@@ -5,9 +5,11 @@ import torch
 
 from dsv2.data.batch import Batch
 from dsv2.errors import Dsv2Error
-from dsv2.train.losses import BalanceSection
+from dsv2.model.dropping import Dropping
+from dsv2.train import step as step_module
+from dsv2.train.losses import BalanceSection, batch_losses
 from dsv2.train.optimizer import AdamWSection, make_optimizer, optimizer_tensors, restore_optimizer
-from dsv2.train.step import train_step
+from dsv2.train.step import TrainingDiverged, train_step
 from reference import balance, training, transformer
 from reference.subject import our_model
 from reference.tiny import V2, random_state, split_experts, stack_experts
@@ -62,8 +64,8 @@ def test_three_steps(rows):
         result = step(model, optimizer, batch_of(number), rate, rows=rows)
         assert (result.loss, result.balance_loss, result.grad_norm) == pytest.approx(expected, rel=1e-5)
         assert result.grad_norm > 1  # the clip is at work
-        assert result.load.shape == (1, 8)
-        assert result.load.sum().item() == pytest.approx(1.0)
+        assert result.load.shares.shape == (1, 8)
+        assert result.load.shares.sum().item() == pytest.approx(1.0)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, leaves[name], rtol=0, atol=1e-6), name
 
@@ -119,3 +121,84 @@ def test_a_step_that_diverges_changes_nothing():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
         assert parameter.grad is None
+
+
+def test_dropping_follows_its_sequences_into_the_micro_batches(monkeypatch):
+    seen = []
+    real = step_module.batch_losses
+
+    def watch(model, batch, balance, *, dropping, recompute):
+        seen.append((batch.tokens.tolist(), dropping.protected.tolist(), dropping.capacity_factor))
+        return real(model, batch, balance, dropping=dropping, recompute=recompute)
+
+    monkeypatch.setattr(step_module, "batch_losses", watch)
+    model, batch = our_model(random_state(CONFIG), CONFIG), batch_of(1)
+    result = train_step(
+        model, make_optimizer(model, SECTION), batch.split(1), lr=0.01, clip_norm=1.0, balance=BALANCE, autocast=None,
+        dropping=Dropping(0.5, torch.tensor([False, True])),
+    )  # fmt: skip
+    assert seen == [([batch.tokens[0].tolist()], [False], 0.5), ([batch.tokens[1].tolist()], [True], 0.5)]
+    assert result.load is not None and result.load.dropped is not None
+    # 6 tokens of 3 experts on 2 devices, budget round(0.5 * 9): the free sequence sheds what exceeds 2 x 4 of its 18, the other nothing
+    assert result.load.dropped.sum() >= 18 - 2 * 4
+    assert result.load.dropped.sum() <= 18
+
+
+def test_a_step_that_is_not_accepted_changes_nothing():
+    model = our_model(random_state(CONFIG), CONFIG)
+    optimizer = make_optimizer(model, SECTION)
+    step(model, optimizer, batch_of(1), 0.01)
+    before = {name: value.clone() for name, value in [*model.named_parameters(), *optimizer_tensors(model, optimizer).items()]}
+    judged = []
+    result = train_step(
+        model, optimizer, [batch_of(2)], lr=0.01, clip_norm=1.0, balance=BALANCE, autocast=None,
+        accept=lambda loss, grad_norm: judged.append((loss, grad_norm)) or False,
+    )  # fmt: skip
+    assert result.skipped and judged == [(result.loss, result.grad_norm)]
+    for name, value in [*model.named_parameters(), *optimizer_tensors(model, optimizer).items()]:
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not step(model, optimizer, batch_of(2), 0.01).skipped
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_recompute_gives_the_same_gradients_to_the_bit(autocast):
+    config = {**CONFIG, "num_hidden_layers": 3}
+    gradients = []
+    for recompute in (False, True):
+        model = our_model(random_state(config), config, torch.float32)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            losses = batch_losses(model, batch_of(1), BALANCE, dropping=Dropping(0.8, torch.tensor([False, True])), recompute=recompute)
+        (losses.nll + losses.balance).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and torch.equal(gradient, gradients[1][name]), name
+
+
+def test_bf16_has_fp32_masters_gradients_and_moments():
+    model = our_model(random_state(CONFIG), CONFIG, torch.float32)
+    optimizer = make_optimizer(model, SECTION)
+    dtypes = set()
+    handles = [p.register_post_accumulate_grad_hook(lambda p: dtypes.add(p.grad.dtype)) for p in model.parameters()]
+    for rate in RATES:  # steps so small that bf16 weights would not move
+        train_step(model, optimizer, [batch_of(1)], lr=rate * 1e-6, clip_norm=1.0, balance=BALANCE, autocast=torch.bfloat16)
+    assert dtypes == {torch.float32} and len(handles) == len(list(model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {value.dtype for value in optimizer_tensors(model, optimizer).values()} == {torch.float32}
+    start = our_model(random_state(CONFIG), CONFIG, torch.float32).lm_head.weight
+    moved = (model.lm_head.weight != start).double().mean()
+    assert moved > 0.2 and (model.lm_head.weight.bfloat16() != start.bfloat16()).double().mean() < moved / 20
+
+
+def test_divergence_says_where():
+    model = our_model(random_state(CONFIG), CONFIG)
+    optimizer = make_optimizer(model, SECTION)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(TrainingDiverged, match="micro-batch 0"):
+        step(model, optimizer, batch_of(1), 0.01)
+    model = our_model(random_state(CONFIG), CONFIG)
+    name, parameter = list(model.named_parameters())[5]
+    parameter.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingDiverged, match=f"first at {name}"):
+        step(model, make_optimizer(model, SECTION), batch_of(1), 0.01)

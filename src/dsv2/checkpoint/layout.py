@@ -10,8 +10,9 @@ pickled and nothing in it is executed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,12 +38,14 @@ class TrainingState:
         consumed_samples: rows taken from the loader: its whole state.
         elapsed_s: training seconds so far, over all resumes.
         optimizer: moments by ``parameter name + "." + moment``.
+        guard: JSON values of the guard against loss spikes; empty without one.
     """
 
     step: int
     consumed_samples: int
     elapsed_s: float
     optimizer: Mapping[str, Tensor]
+    guard: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, *, training: TrainingState | None = None) -> None:
@@ -64,7 +67,7 @@ def _save_training(folder: Path, training: TrainingState) -> None:
     folder.mkdir()
     save_tensors(folder / "optimizer.safetensors", training.optimizer)
     state = {"step": training.step, "consumed_samples": training.consumed_samples, "elapsed_s": training.elapsed_s}
-    atomic_write_json(folder / "state.json", state)
+    atomic_write_json(folder / "state.json", state | ({"guard": dict(training.guard)} if training.guard else {}))
 
 
 def load_training(folder: Path) -> TrainingState:
@@ -78,4 +81,7 @@ def load_training(folder: Path) -> TrainingState:
     for name in ("step", "consumed_samples", "elapsed_s"):
         if isinstance(state.get(name), bool) or not isinstance(state.get(name), int | float):
             raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: {name} must be a number")
-    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer)
+    guard = state.get("guard", {})
+    if not isinstance(guard, dict):
+        raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: guard must be an object")
+    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer, guard)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
 
 from dsv2.data.batch import Batch, collate
 from dsv2.data.packing import Rows
@@ -18,6 +18,7 @@ FEISTEL_ROUNDS = 8
 # Halves of 2 bits never shuffle 16 places evenly, however many rounds: 5 rows then have favourite orders.
 MIN_HALF_BITS = 3
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+LOTTERY = np.uint64(0xD1B54A32D192ED03)  # keeps the lots apart from the order of the rows
 
 
 class Loader:
@@ -120,6 +121,17 @@ def permute(
         result[outside] = left << half | right
         outside = result >= np.uint64(size)
     return result
+
+
+def lots(samples: Int64[np.ndarray, "samples"], *, seed: int) -> Float64[np.ndarray, "samples"]:
+    """Return a number in [0, 1) that belongs to each global sample: the same however the samples are cut into batches and ranks.
+
+    Args:
+        samples: global sample indices, from 0.
+        seed: 0 to 2**64 - 1.
+    """
+    mixed = _mix(_mix(np.full(samples.shape, seed, dtype=np.uint64) + LOTTERY) + samples.astype(np.uint64) * GOLDEN)
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def _mix(values: UInt64[np.ndarray, "samples"]) -> UInt64[np.ndarray, "samples"]:

@@ -33,6 +33,16 @@ def communication_balance_loss(
     return (received * _group_affinity(affinity, n_group)).sum(dim=-1).mean()
 
 
+def pool_sequences(
+    affinity: Float[Tensor, "batch tokens experts"], experts: Int[Tensor, "batch tokens chosen"]
+) -> tuple[Float[Tensor, "one pooled experts"], Int[Tensor, "one pooled chosen"]]:
+    """Make one sequence of a batch, so that the losses above even its load as a whole: the option that the paper does not take.
+
+    Every sequence may then be one-sided while the batch is even. In DeepSeek's published code it is ``seq_aux=false``.
+    """
+    return affinity.flatten(0, 1).unsqueeze(0), experts.flatten(0, 1).unsqueeze(0)
+
+
 def _relative_load(affinity: Tensor, experts: Tensor) -> Float[Tensor, "batch experts"]:
     """f_i = N_r / (K_r T) * assignments of expert i in the sequence: 1 when balanced (eq 24)."""
     num_experts, assignments = affinity.shape[-1], experts[0].numel()

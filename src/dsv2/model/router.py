@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dsv2.model.config import ModelConfig
@@ -34,11 +34,13 @@ class RouterStats:
         layer: index of the layer in the model.
         affinity: [B, T, E] fp32; carries the gradient.
         experts: [B, T, K] the selection before any dropping.
+        kept: [B, T, K] False where an assignment was dropped; None where nothing may be.
     """
 
     layer: int
     affinity: Float[Tensor, "batch tokens experts"]
     experts: Int[Tensor, "batch tokens chosen"]
+    kept: Bool[Tensor, "batch tokens chosen"] | None = None
 
     @property
     def load(self) -> Float[Tensor, " experts"]:

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsv2.model.attention import LatentAttention
 from dsv2.model.cache import LatentCache
 from dsv2.model.config import ModelConfig
+from dsv2.model.dropping import Dropping
 from dsv2.model.layers import RMSNorm, SwiGLU
 from dsv2.model.moe import MoE
 from dsv2.model.rope import Rotation, rope_frequencies, rotation
@@ -41,13 +43,18 @@ class Block(nn.Module):
         self.mlp = MoE(config, layer) if config.is_moe_layer(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens hidden"], turn: Rotation, segments: Segments | None, cache: LatentCache | None
+        self,
+        x: Float[Tensor, "batch tokens hidden"],
+        turn: Rotation,
+        segments: Segments | None,
+        cache: LatentCache | None,
+        dropping: Dropping | None = None,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], RouterStats | None]:
         """Return the block's output and, for a MoE layer, its router's statistics."""
         x = x + self.self_attn(self.input_layernorm(x), turn, segments=segments, cache=cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed)
+            out, stats = self.mlp(normed, dropping)
             return x + out, stats
         return x + self.mlp(normed), None
 
@@ -80,6 +87,9 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "batch tokens"] | None = None,
         document_ids: Int[Tensor, "batch tokens"] | None = None,
         cache: LatentCache | None = None,
+        *,
+        dropping: Dropping | None = None,
+        recompute: bool = False,
     ) -> ModelOutput:
         """Run the stack; the head is separate (``logits``), so that a loss can take the vocabulary in pieces.
 
@@ -88,6 +98,8 @@ class Transformer(nn.Module):
             positions: absolute position of each token; None: 0, 1, 2, ... in every row.
             document_ids: of a packed batch: attention stays within runs of equal id. None: every row is one document.
             cache: latents of earlier tokens; then ``positions`` must say where the new ones stand.
+            dropping: of a training step that drops tokens; None: every expert computes all that is sent to it.
+            recompute: keep only each block's input for the backward pass, and compute the block again there: same gradients, less memory.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -96,7 +108,10 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
         for block in self.model.layers:
-            x, layer_stats = block(x, turn, segments, cache)
+            if recompute:  # the model draws no random numbers, so there is no state of them to keep
+                x, layer_stats = checkpoint(block, x, turn, segments, cache, dropping, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, layer_stats = block(x, turn, segments, cache, dropping)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return ModelOutput(self.model.norm(x), tuple(stats))

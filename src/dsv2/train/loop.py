@@ -23,14 +23,18 @@ from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.config import Section
 from dsv2.data.batch import Batch
 from dsv2.data.loader import Loader
-from dsv2.errors import CheckpointError
+from dsv2.errors import CheckpointError, Dsv2Error
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, bar
+from dsv2.progress import MetricsLog, bar, console
 from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.diverged import save_batch
+from dsv2.train.dropping import DroppingSection, step_dropping
+from dsv2.train.guard import GuardSection, GuardState, Spike, after_rollback, after_step, find_spike
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import AdamWSection, optimizer_tensors, restore_optimizer
+from dsv2.train.profiler import profiled
 from dsv2.train.schedule import BatchSize, LearningRate, learning_rate, steps_of
-from dsv2.train.step import StepResult, train_step
+from dsv2.train.step import StepResult, TrainingDiverged, train_step
 from dsv2.train.validation import DomainLoss
 
 Sample = tuple[str, str]  # prompt, text that followed
@@ -43,8 +47,11 @@ class RunSection(Section):
     seq_len: int = Field(gt=0, description="tokens per sequence")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights and data order")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="of matrix products; auto: bf16 where the processor has it"
+        default="auto", description="of matrix products, weights and moments stay fp32; auto: bf16 where the processor has it"
     )
+    recompute: bool = Field(default=False, description="compute blocks again in the backward pass: less memory, same gradients")
+    deterministic: bool = Field(default=True, description="refuse operations that may not repeat bit for bit")
+    profile_steps: int = Field(default=0, ge=0, description="steps to profile, from this process's third on; trace.json and a table")
     validate_every: int = Field(default=100, gt=0, description="steps between validations")
     sample_every: int = Field(default=100, gt=0, description="steps between samples, where the stage draws any")
     checkpoint_every: int = Field(default=100, gt=0, description="steps between checkpoints")
@@ -61,6 +68,8 @@ class LoopPlan:
     optimizer: AdamWSection
     balance: BalanceSection
     autocast: torch.dtype | None
+    dropping: DroppingSection = DroppingSection()
+    guard: GuardSection = GuardSection()
 
     def steps(self) -> list[tuple[int, int]]:
         """Return (consumed sequences before, sequences) of each step."""
@@ -73,13 +82,16 @@ def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimiz
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
-    found = checkpoints(folder)
-    if not found:
+    if not checkpoints(folder):
         return None
     remove_old(folder, keep)
-    verify_manifest(found[-1])
-    fill_model(model, FolderSource(open_folder(found[-1])))
-    state = load_training(found[-1])
+    return _restore(checkpoints(folder)[-1], model, optimizer)
+
+
+def _restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
+    verify_manifest(checkpoint)
+    fill_model(model, FolderSource(open_folder(checkpoint)))
+    state = load_training(checkpoint)
     restore_optimizer(model, optimizer, state.optimizer)
     return state
 
@@ -121,21 +133,28 @@ def train(
     if start is not None and start.consumed_samples != expected:
         raise CheckpointError(f"step {first} consumed {start.consumed_samples} sequences; by this run's recipe it is {expected}")
     elapsed, seq_len = (start.elapsed_s if start else 0.0), plan.run.seq_len
+    guard = GuardState.from_json(start.guard) if start else GuardState()
     sizes = dict(steps)
     batches = (
         loader.batches(steps[first][0], lambda consumed: sizes.get(consumed, plan.batch.sequences)) if first < len(steps) else iter(())
     )
-    with bar(len(steps), "training", unit="steps", done=first) as progress:
+    with bar(len(steps), "training", unit="steps", done=first) as progress, profiled(plan.run.profile_steps, folder) as step_done:
         for step, (consumed, size) in enumerate(steps[first:], start=first + 1):
             began = time.perf_counter()
             tokens = consumed * seq_len
             rate = learning_rate(plan.learning_rate, step=step - 1, tokens=tokens, total_tokens=plan.run.tokens)
-            result = _step(model, optimizer, next(batches), plan, rate)
+            here = _Place(step, consumed + loader.rank * (size // loader.world_size), folder)
+            result, spike = _step(model, optimizer, next(batches), plan, rate, guard, here)
+            guard = after_step(plan.guard, guard, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
+            if spike is not None:
+                guard = _answer(spike, guard, model, optimizer, plan, metrics, here)
             step_s = time.perf_counter() - began
             elapsed += step_s
             consumed += size
-            metrics.write(step, "train", **_train_line(result, rate, consumed, seq_len, size * seq_len / step_s, elapsed))
+            line = _train_line(result, rate, consumed, seq_len, size * seq_len / step_s, elapsed, model.config.n_group)
+            metrics.write(step, "train", **line)
             progress.advance(1, loss=result.loss, lr=rate, tokens_per_s=size * seq_len / step_s)
+            step_done()
             last = step == len(steps)
             if validate is not None and (last or step % plan.run.validate_every == 0):
                 _write_validation(metrics, step, consumed * seq_len, validate(model))
@@ -143,18 +162,86 @@ def train(
                 for prompt, text in sample(model):
                     metrics.write(step, "sample", prompt=prompt, text=text)
             if last or step % plan.run.checkpoint_every == 0:
-                state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer))
+                kept_guard = guard.to_json() if plan.guard.sigma is not None else {}
+                state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer), kept_guard)
                 save_checkpoint(folder / f"step-{step}", model, tokenizer, training=state)
                 remove_old(folder, plan.run.keep)
 
 
-def _step(model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, plan: LoopPlan, rate: float) -> StepResult:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a run stands: the step being done, from 1, the global index of its first sequence here, the run's folder."""
+
+    step: int
+    first_sample: int
+    folder: Path
+
+
+def _step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    plan: LoopPlan,
+    rate: float,
+    guard: GuardState,
+    here: _Place,
+) -> tuple[StepResult, Spike | None]:
+    """Take one step; return what it did and what stood out, in which case nothing was updated."""
+    spikes: list[Spike] = []
+
+    def accept(loss: float, grad_norm: float) -> bool:
+        spike = find_spike(plan.guard, guard, loss, grad_norm)
+        spikes.extend([spike] if spike else [])
+        return spike is None
+
     model.train()
-    micro = batch.to(next(model.parameters()).device).split(plan.batch.micro_sequences)
-    return train_step(model, optimizer, micro, lr=rate, clip_norm=plan.optimizer.clip_norm, balance=plan.balance, autocast=plan.autocast)
+    device, num_samples = next(model.parameters()).device, len(batch.tokens)
+    dropping = step_dropping(plan.dropping, seed=plan.run.seed, first_sample=here.first_sample, num_samples=num_samples, device=device)
+    try:
+        result = train_step(
+            model, optimizer, batch.to(device).split(plan.batch.micro_sequences), lr=rate, clip_norm=plan.optimizer.clip_norm,
+            balance=plan.balance, autocast=plan.autocast, dropping=dropping, recompute=plan.run.recompute, accept=accept,
+        )  # fmt: skip
+    except TrainingDiverged as error:
+        saved = save_batch(here.folder, batch, step=here.step, first_sample=here.first_sample, error=error.message)
+        where = f"step {here.step}, samples {here.first_sample} to {here.first_sample + num_samples - 1}"
+        raise TrainingDiverged(f"{error.message}; {where}; its batch is in {saved}", hint=error.hint) from error
+    return result, spikes[0] if spikes else None
 
 
-def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, speed: float, elapsed: float) -> dict[str, Any]:
+def _answer(
+    spike: Spike,
+    guard: GuardState,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    plan: LoopPlan,
+    metrics: MetricsLog,
+    here: _Place,
+) -> GuardState:
+    """Log a spike; after too many in a row, bring weights and moments of a checkpoint back and go on with the data that follow.
+
+    The checkpoint is the newest that was not written amid spikes: such a one holds the weights that the run has now.
+
+    Raises:
+        Dsv2Error: there is no checkpoint to go back to, or the spikes went on after a rollback.
+    """
+    what = {"what": spike.what, "value": spike.value, "limit": spike.limit, "first_sample": here.first_sample, "in_a_row": guard.in_a_row}
+    if guard.in_a_row < plan.guard.rollback_after:
+        metrics.write(here.step, "spike", **what, action="skipped")
+        return guard
+    problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
+    calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_training(path).guard).in_a_row]
+    if guard.rolled_back or not calm:
+        reason = "and a checkpoint was restored already" if guard.rolled_back else "and no checkpoint from before them"
+        raise Dsv2Error(f"{problem}, {reason}", hint="lower learning_rate.peak, or raise guard.sigma, in a new run")
+    state = _restore(calm[-1], model, optimizer)
+    metrics.write(here.step, "spike", **what, action=f"rolled back to step {state.step}")
+    console().print(f"{problem}: weights of step {state.step} restored", markup=False, soft_wrap=True)
+    return after_rollback(guard)
+
+
+def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, speed: float, elapsed: float, n_group: int) -> dict[str, Any]:
+    load = result.load
     return {
         "tokens": consumed * seq_len,
         "consumed_samples": consumed,
@@ -164,7 +251,9 @@ def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, sp
         "grad_norm": result.grad_norm,
         "tokens_per_s": round(speed, 1),
         "elapsed_s": round(elapsed, 3),
-        "load": [[round(share, 5) for share in layer] for layer in result.load.tolist()],
+        "load": [[round(share, 5) for share in layer] for layer in load.shares.tolist()] if load else [],
+        **({"router": load.metrics(n_group)} if load else {}),
+        **({"skipped": True} if result.skipped else {}),
     }
 
 

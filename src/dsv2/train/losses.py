@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,8 +12,9 @@ from torch import Tensor
 from dsv2.config import Section
 from dsv2.data.batch import IGNORE, Batch
 from dsv2.kernels import linear_cross_entropy
-from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2.model.balance import communication_balance_loss, device_balance_loss, expert_balance_loss, pool_sequences
 from dsv2.model.config import ModelConfig
+from dsv2.model.dropping import Dropping
 from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
 
@@ -23,6 +25,9 @@ class BalanceSection(Section):
     expert: float = Field(default=0.003, ge=0, description="alpha_1, evens the load of experts")
     device: float = Field(default=0.0, ge=0, description="alpha_2, evens the load of devices (expert groups)")
     communication: float = Field(default=0.0, ge=0, description="alpha_3, evens what devices receive")
+    scope: Literal["sequence", "micro-batch"] = Field(
+        default="sequence", description="what is to be even: every sequence by itself, as published, or a micro-batch pooled"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Losses:
 
     Args:
         nll: summed over its labels, nats.
-        balance: weighted, summed over layers, averaged over sequences.
+        balance: weighted, summed over layers, averaged over sequences (or of the pooled micro-batch).
         router_stats: of each MoE layer.
     """
 
@@ -40,9 +45,11 @@ class Losses:
     router_stats: tuple[RouterStats, ...]
 
 
-def batch_losses(model: Transformer, batch: Batch, balance: BalanceSection) -> Losses:
+def batch_losses(
+    model: Transformer, batch: Batch, balance: BalanceSection, *, dropping: Dropping | None = None, recompute: bool = False
+) -> Losses:
     """Run the model on a packed batch and return its losses, with graph."""
-    output = model(batch.tokens, batch.positions, batch.document_ids)
+    output = model(batch.tokens, batch.positions, batch.document_ids, dropping=dropping, recompute=recompute)
     nll = token_nll(model, output.hidden, batch.labels)
     return Losses(nll, balance_loss(output.router_stats, balance, model.config), output.router_stats)
 
@@ -53,14 +60,20 @@ def token_nll(model: Transformer, hidden: Float[Tensor, "batch tokens hidden"], 
 
 
 def balance_loss(stats: Sequence[RouterStats], balance: BalanceSection, config: ModelConfig) -> Float[Tensor, ""]:
-    """Return the weighted balance losses summed over layers (not divided by their number, spec 10.9)."""
+    """Return the weighted balance losses summed over layers (not divided by their number, spec 10.9).
+
+    They are of what the routers chose: counts are taken before dropping. Pooled, the sequences of a micro-batch count as one.
+    """
     total = torch.zeros(())
     for layer in stats:
+        affinity, experts = layer.affinity, layer.experts
+        if balance.scope == "micro-batch":
+            affinity, experts = pool_sequences(affinity, experts)
         if balance.expert:
-            total = total + balance.expert * expert_balance_loss(layer.affinity, layer.experts)
+            total = total + balance.expert * expert_balance_loss(affinity, experts)
         if balance.device:
-            total = total + balance.device * device_balance_loss(layer.affinity, layer.experts, config.n_group)
+            total = total + balance.device * device_balance_loss(affinity, experts, config.n_group)
         if balance.communication:
-            loss = communication_balance_loss(layer.affinity, layer.experts, config.n_group, config.topk_group)
+            loss = communication_balance_loss(affinity, experts, config.n_group, config.topk_group)
             total = total + balance.communication * loss
     return total

@@ -1,4 +1,10 @@
-"""Which number format the matrix products run in, and how torch is made to repeat itself bit for bit."""
+"""Which number format the matrix products run in, and how torch is made to repeat itself bit for bit.
+
+Weights, gradients, moments, router, norms' statistics and losses are fp32 in both precisions; bf16 is that of matrix products, by
+autocast, so the fp32 weights are the masters and there is no second copy to keep in step.
+"""
+
+import os
 
 import torch
 
@@ -32,3 +38,15 @@ def make_deterministic(threads: int | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice
     return torch.get_num_threads()
+
+
+def require_determinism(wanted: bool) -> None:
+    """Make torch refuse operations that may not repeat bit for bit, or allow them, for the rest of the process.
+
+    On a CPU every operation of training repeats, given the number of threads. On CUDA cuBLAS needs a fixed workspace, which it reads from
+    the environment when it is first used.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice

@@ -6,14 +6,15 @@ RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsv2.checkpoint.steps import checkpoints
 from dsv2.config import Section, dump_toml, load_recipe
@@ -24,20 +25,23 @@ from dsv2.errors import ConfigError, DataError
 from dsv2.files import atomic_write, atomic_write_json
 from dsv2.model.accounting import cache_elements_per_token, count_parameters
 from dsv2.model.config import ModelConfig
-from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.presets import preset
 from dsv2.progress import MetricsLog, console, table
 from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.dropping import DroppingSection
+from dsv2.train.guard import GuardSection
 from dsv2.train.loop import LoopPlan, RunSection, Sample, resume_from, train
 from dsv2.train.losses import BalanceSection
 from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import AdamWSection, make_optimizer
-from dsv2.train.precision import autocast_dtype, make_deterministic, resolve_precision
+from dsv2.train.precision import autocast_dtype, make_deterministic, require_determinism, resolve_precision
 from dsv2.train.schedule import BatchSize, LearningRate, check_batch
+from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
 
 RECIPE, PLAN = "recipe.toml", "plan.json"
+PAPER_DEVIATION, PAPER_WIDTH = 0.006, 5120  # of V2's initial values, and its hidden size (section 3.1.2)
 
 
 class ModelSection(Section):
@@ -45,6 +49,27 @@ class ModelSection(Section):
 
     preset: str = Field(description="name of a preset")
     overrides: dict[str, Any] = Field(default_factory=dict, description="config.json fields to replace")
+    init: Literal["config", "width"] = Field(
+        default="config", description="initial deviation: the config's initializer_range, or 0.006 sqrt(5120 / hidden_size)"
+    )
+    start: str | None = Field(
+        default=None, description="checkpoint to continue from, weights only; absent: initial values; empty: must be given"
+    )
+
+
+class DataSection(Section):
+    """What the shards are to hold, as far as a recipe prescribes it."""
+
+    mixture: dict[str, float] = Field(
+        default_factory=dict, description="share of the tokens that each domain has; empty: as the shards are"
+    )
+    fim_rate: float = Field(default=0.0, ge=0, le=1, description="share of documents turned into fill-in-the-middle, before packing")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSection":
+        if self.mixture and (min(self.mixture.values()) <= 0 or abs(sum(self.mixture.values()) - 1) > 1e-9):
+            raise ValueError(f"mixture = {self.mixture} must be positive shares that sum to 1")
+        return self
 
 
 class PretrainRecipe(Section):
@@ -56,6 +81,9 @@ class PretrainRecipe(Section):
     learning_rate: LearningRate
     optimizer: AdamWSection = AdamWSection()
     balance: BalanceSection = BalanceSection()
+    dropping: DroppingSection = DroppingSection()
+    guard: GuardSection = GuardSection()
+    data: DataSection = DataSection()
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
         """Return the model's config, its vocabulary that of the tokenizer.
@@ -72,6 +100,14 @@ class PretrainRecipe(Section):
                         f"model.overrides.{name} = {overrides[name]!r}; the data's tokenizer says {value}", hint="leave it out"
                     )
             overrides |= given
+        if self.model.init == "width":
+            if "initializer_range" in overrides:
+                raise ConfigError(
+                    f"model.init = 'width' and model.overrides.initializer_range = {overrides['initializer_range']} both set the deviation",
+                    hint="state one of them",
+                )
+            hidden = preset(self.model.preset, **overrides).hidden_size
+            overrides["initializer_range"] = PAPER_DEVIATION * math.sqrt(PAPER_WIDTH / hidden)
         return preset(self.model.preset, **overrides)
 
 
@@ -152,14 +188,21 @@ def pretrain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = checked_config(recipe, corpus)
     keep_freed_memory()
-    recipe = _settled(recipe, corpus, out, device)
+    fresh = recipe.model.start is not None and not checkpoints(out)
+    start_hash = check_start(recipe.model.start or "", config, corpus.tokenizer) if fresh else None
+    recipe = _settled(recipe, corpus, out, device, start_hash)
     metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
-    plan = LoopPlan(recipe.run, recipe.batch, recipe.learning_rate, recipe.optimizer, recipe.balance, autocast_dtype(recipe.run.precision))
+    require_determinism(recipe.run.deterministic)
+    plan = LoopPlan(
+        recipe.run, recipe.batch, recipe.learning_rate, recipe.optimizer, recipe.balance, autocast_dtype(recipe.run.precision),
+        recipe.dropping, recipe.guard,
+    )  # fmt: skip
     model = Transformer(config)
-    initialise(model, recipe.run.seed)
+    if not checkpoints(out):
+        begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer)
-    _begin(recipe, corpus, out, device)
+    _begin(recipe, corpus, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
     loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
@@ -191,6 +234,16 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
         raise ConfigError(
             f"balance.device = {balance.device:g}, balance.communication = {balance.communication:g}: both need n_group > 1 and MoE layers"
         )
+    if recipe.dropping.capacity_factor is not None and (config.n_group == 1 or config.num_moe_layers == 0):
+        raise ConfigError(
+            f"dropping.capacity_factor = {recipe.dropping.capacity_factor:g}: a device's budget needs n_group > 1 and MoE layers",
+            hint="leave dropping.capacity_factor out",
+        )
+    if recipe.data.mixture or recipe.data.fim_rate:
+        raise ConfigError(
+            f"data.mixture = {recipe.data.mixture}, data.fim_rate = {recipe.data.fim_rate:g}: shards are read as they are",
+            hint="prepare shards that have these shares, then set data.mixture={} data.fim_rate=0",
+        )
     needed, present = 16 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available() and needed > present:
         raise ConfigError(
@@ -200,7 +253,7 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
     return config
 
 
-def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device) -> PretrainRecipe:
+def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device, start_hash: str | None) -> PretrainRecipe:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
 
     Raises:
@@ -214,9 +267,8 @@ def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.de
             raise ConfigError(f"{out} holds checkpoints but no {RECIPE}: they belong to an unknown run", hint="choose another --out")
         return settled
     began = load_recipe(str(out / RECIPE), PretrainRecipe, folder="pretrain")
-    changed = _differences(
-        began.model_dump(), (settled if recipe.run.precision != "auto" else _same_precision(settled, began)).model_dump()
-    )
+    wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
+    changed = _differences(began.model_dump(), _same(wanted, began, "profile_steps").model_dump())
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
@@ -225,22 +277,27 @@ def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.de
         raise ConfigError(
             f"{out} began with other data: {plan['data'][:16]}, now {corpus.fingerprint[:16]}", hint="give the --data it began with"
         )
+    if start_hash is not None and plan.get("start") != start_hash:
+        raise ConfigError(
+            f"{out} began from other weights than model.start = {recipe.model.start!r} holds now", hint="choose another --out"
+        )
     if plan["threads"] != torch.get_num_threads():
         console().print(f"going on with {plan['threads']} threads, as the run began: sums depend on their number", markup=False)
         torch.set_num_threads(plan["threads"])
-    return began
+    return _same(began, settled, "profile_steps")
 
 
-def _begin(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device) -> None:
+def _begin(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device, start_hash: str | None) -> None:
     """Save recipe and plan of a run that begins now: last of all preparations, so that a failed start leaves nothing behind."""
     if not (out / RECIPE).exists():
         plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": corpus.fingerprint}
-        atomic_write_json(out / PLAN, plan)
+        atomic_write_json(out / PLAN, plan | ({"start": start_hash} if start_hash else {}))
         atomic_write(out / RECIPE, dump_toml(recipe))
 
 
-def _same_precision(recipe: PretrainRecipe, other: PretrainRecipe) -> PretrainRecipe:
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": other.run.precision})})
+def _same(recipe: PretrainRecipe, other: PretrainRecipe, name: str) -> PretrainRecipe:
+    """Return the recipe with ``run.name`` of another."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={name: getattr(other.run, name)})})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -274,12 +331,29 @@ def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, pla
             "steps",
             f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
         ),
-        (
-            "learning rate",
-            f"{rate.peak:g} after {rate.warmup_steps} steps, x{rate.decay_factor:g} at {list(rate.decay_points)} of the tokens",
-        ),
-        ("precision", f"{recipe.run.precision}, {torch.get_num_threads()} threads"),
+        ("learning rate", _describe_rate(rate)),
+        ("balance", _describe_balance(recipe, config)),
+        ("precision", f"{recipe.run.precision} products, fp32 weights and moments; {torch.get_num_threads()} threads"),
     ]
     table("plan", ("what", "value"), rows)
     if done:
         console().print(f"resuming after step {done} of {len(steps)}")
+
+
+def _describe_rate(rate: LearningRate) -> str:
+    fall = (
+        f"x{rate.decay_factor:g} at {list(rate.decay_points)} of the tokens"
+        if rate.decay == "steps"
+        else f"cosine to x{rate.final_share:g}"
+    )
+    return f"{rate.peak:g} after {rate.warmup_steps} steps, {fall}"
+
+
+def _describe_balance(recipe: PretrainRecipe, config: ModelConfig) -> str:
+    """Say what keeps the experts even, and that one process stands for all devices where the recipe speaks of devices."""
+    balance, factor = recipe.balance, recipe.dropping.capacity_factor
+    text = f"expert {balance.expert:g}, device {balance.device:g}, communication {balance.communication:g} per {balance.scope}"
+    if factor is not None:
+        text += f"; devices drop above {factor:g} x their mean load, {recipe.dropping.protected_share:.0%} of sequences never"
+    speaks = balance.device or balance.communication or factor is not None
+    return text + (f"; this process simulates all {config.n_group} devices" if speaks else "")

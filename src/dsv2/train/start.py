@@ -1,0 +1,64 @@
+"""Where a run's weights begin: drawn by its seed, or taken from a checkpoint that it continues (Coder-V2; spec 9.1)."""
+
+from pathlib import Path
+
+from dsv2.checkpoint.folder import open_folder
+from dsv2.checkpoint.huggingface import fill_model
+from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
+from dsv2.checkpoint.source import FolderSource
+from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.errors import ConfigError
+from dsv2.files import sha256_of
+from dsv2.model.config import ModelConfig
+from dsv2.model.init import initialise
+from dsv2.model.transformer import Transformer
+from dsv2.presets import same_shape
+from dsv2.tokenizer.tokenizer import Tokenizer
+
+
+def check_start(start: str, config: ModelConfig, tokenizer: Tokenizer) -> str:
+    """Check that a run can continue from a checkpoint; return a hash of it for the run's plan.
+
+    Args:
+        start: path of a checkpoint, run or tour, or a model id.
+        config: of the run's model.
+        tokenizer: of the run's data.
+
+    Returns:
+        sha256 of its manifest, or of its config.json where it has none.
+
+    Raises:
+        ConfigError: ``start`` is empty, or the checkpoint is of another shape or another tokenizer.
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    if not start:
+        raise ConfigError(
+            "model.start is empty: this recipe continues a pre-trained model", hint="name its checkpoint: model.start=PATH, weights only"
+        )
+    folder = latest_checkpoint(start)
+    if (folder / "tokenizer.json").is_file() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"model.start = {start!r} has another tokenizer than the data", hint="prepare the data with its tokenizer")
+    found = open_folder(folder).config
+    if not same_shape(found, config):
+        differ = [name for name, value in config.model_dump().items() if found.model_dump()[name] != value]
+        raise ConfigError(
+            f"model.start = {start!r} is of another shape than the run's model; different: {', '.join(differ)}",
+            hint="set model.preset and model.overrides to those of the checkpoint",
+        )
+    named = folder / MANIFEST
+    return sha256_of(named if named.is_file() else folder / "config.json")
+
+
+def begin_weights(model: Transformer, start: str | None, seed: int) -> None:
+    """Fill a model that begins its run: from ``start``, weights only, or else with initial values.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    if start is None:
+        initialise(model, seed)
+        return
+    folder = Path(latest_checkpoint(start))
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
+    fill_model(model, FolderSource(open_folder(folder)))

@@ -1,0 +1,43 @@
+"""A small corpus to train on, and two threads."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsv2.data.documents import Document
+from dsv2.data.prepare import prepare
+from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.precision import make_deterministic
+from dsv2.train.pretrain import Corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    folder = tmp_path_factory.mktemp("resume")
+    rng = np.random.default_rng(0)
+    words = ["river", "stone", "model", "expert", "token", "latent", "gate", "rope"]
+    texts = [" ".join(rng.choice(words, size=60)) + "." for _ in range(30)]
+    tokenizer = train_tokenizer(texts, vocab_size=384)
+    tokenizer.save(folder / "tokenizer")
+    for split, part in (("train", texts[:24]), ("validation", texts[24:])):
+        prepare([Document(text, ("a", "b")[n % 2], "test", str(n)) for n, text in enumerate(part)], tokenizer, folder / split)
+    return Corpus.open(folder)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    make_deterministic(2)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """For runs that are compared with each other many times: threads that wait for each other are slow on a busy machine."""
+    before = torch.get_num_threads()
+    make_deterministic(1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
