@@ -21,6 +21,7 @@ from dsv2.data.recipe import ContaminationRules
 from dsv2.errors import DataError
 
 BITMAP_BITS = 27  # 16 MiB
+BATCH_TEXTS = 2000  # of benchmarks, read at once
 BITS = np.uint8(1) << np.arange(8, dtype=np.uint8)
 
 
@@ -85,7 +86,7 @@ def benchmark_grams(files: Sequence[Path], rules: ContaminationRules) -> UInt64[
     Raises:
         DataError: a file is damaged.
     """
-    found = [np.zeros(0, dtype=np.uint64)]
+    grams = [np.zeros(0, dtype=np.uint64)]
     for file in files:
         with file.open("rb") as raw:
             compression = file.suffix if file.suffix in DECOMPRESS else ""
@@ -93,9 +94,31 @@ def benchmark_grams(files: Sequence[Path], rules: ContaminationRules) -> UInt64[
                 rows = [json.loads(line) for line in split_lines(DECOMPRESS[compression](raw)) if line.strip()]
             except (EOFError, OSError, ValueError) as error:
                 raise DataError(f"{file} is damaged: {error}", hint="fetch the benchmark again or leave it out") from error
-        grams = [_grams(read(text), rules)[0] for row in rows for text in _strings(row)]
-        found.append(np.unique(np.concatenate([found[0], *grams])))
-    return np.unique(np.concatenate(found))
+        texts = sorted({text for row in rows for text in _strings(row) if len(text) >= min(rules.words, rules.ideographs)})
+        grams += [_grams_of_many(batch, rules) for batch in _batches(texts)]
+    return np.unique(np.concatenate(grams))
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) >= BATCH_TEXTS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _grams_of_many(texts: Sequence[str], rules: ContaminationRules) -> UInt64[np.ndarray, "grams"]:
+    """Return the distinct runs of short texts: read as one, but no run goes from one text to the next."""
+    reading = read("\n".join(texts))
+    grams, firsts, lengths = _grams(reading, rules)
+    if len(grams) == 0:
+        return grams
+    begins = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])])
+    owner = np.searchsorted(begins, reading.word_starts, side="right")
+    return np.unique(grams[owner[firsts] == owner[firsts + lengths - 1]])
 
 
 def judge_contamination(reading: Reading, benchmarks: Benchmarks, rules: ContaminationRules) -> Drop | None:

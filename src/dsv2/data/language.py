@@ -8,7 +8,7 @@ import numpy as np
 from dsv2.data.decompress import import_extra
 from dsv2.data.reading import IDEOGRAPH, LETTER, Reading
 
-BEGINNING = 1000  # characters that are looked at
+BEGINNING = 500  # characters that are looked at
 MIN_LETTERS = 10
 UNKNOWN = "unknown"
 # First and last code point; scripts that are written by one large language, or nearly.

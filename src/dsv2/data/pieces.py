@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class Cleaned:
         kept: documents that passed, in order.
         dropped: the others, in order.
         changed: documents in which something was mended, and items masked, by kind.
-        seconds: by step.
+        seconds: of CPU time, by step.
         signatures: of the kept documents that have one, in order.
         reused: it was there already.
     """
@@ -108,7 +108,7 @@ class Encoded:
         lens: tokens in each document, BOS and EOS included.
         ids: of all documents, one after the other.
         num_turned: documents that were turned into fill-in-the-middle.
-        seconds: by step.
+        seconds: of CPU time, by step.
     """
 
     lens: tuple[int, ...]
@@ -277,8 +277,8 @@ def _load(path: Path) -> tuple[dict[str, Any], bytes] | None:
 
 @contextmanager
 def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    start = perf_counter()
+    start = process_time()
     try:
         yield
     finally:
-        seconds[step] = seconds.get(step, 0.0) + perf_counter() - start
+        seconds[step] = seconds.get(step, 0.0) + process_time() - start

@@ -4,7 +4,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 from dsv2.data.clean import Drop
@@ -27,7 +27,7 @@ class Tally:
         documents: written, by domain; likewise ``tokens`` and ``num_bytes``.
         turned: documents told as fill-in-the-middle.
         reused: pieces that an interrupted run had finished.
-        seconds: by step, summed over the processes.
+        seconds: of CPU time by step, summed over the processes.
     """
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Tally:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the seconds of a block to a step."""
-        start = perf_counter()
+        """Add the CPU seconds of a block to a step."""
+        start = process_time()
         try:
             yield
         finally:
-            self.seconds[step] += perf_counter() - start
+            self.seconds[step] += process_time() - start
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
         """Pass items on, and count the time that they take to come as reading."""
@@ -139,7 +139,7 @@ class Tally:
             "time": {
                 "seconds": round(self.elapsed_s, 3),
                 "workers": workers,
-                "steps": {step: round(seconds, 3) for step, seconds in self._slowest()},
+                "cpu_seconds": {step: round(seconds, 3) for step, seconds in self._slowest()},
             },
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -177,7 +177,7 @@ class Tally:
         yield from ("", "# Where the time went", "")
         found = f"{self.reused} of {self.read['pieces']} pieces were found finished"
         yield f"{self.elapsed_s:.1f} s, {rate:.2f} MB/s of text, {workers} workers; {found}."
-        yield from ("", "| step | seconds, all processes | share |", "| --- | ---: | ---: |")
+        yield from ("", "| step | CPU seconds, all processes | share |", "| --- | ---: | ---: |")
         for step, seconds in self._slowest():
             yield f"| {step} | {seconds:.2f} | {100 * seconds / total:.0f} % |"
 
