@@ -44,19 +44,17 @@ def mend(text: str, rules: EncodingRules) -> tuple[str, Counter[str], Drop | Non
     if "\r" in text:
         done["line ends"] = 1
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text, removed = CONTROLS.subn("", text)
-    if removed:
-        done["control characters"] = removed
-    if text.isascii():
-        return text, done, None
-    if MOJIBAKE.search(text):
+    if not text.isascii() and MOJIBAKE.search(text):
         # Line by line: a text that quotes mojibake, or holds some in one place, is sound elsewhere.
         fix = import_extra("ftfy", "mending broken encodings").fix_encoding
-        lines = [fix(line) if MOJIBAKE.search(line) else line for line in text.split("\n")]
-        mended = CONTROLS.sub("", "\n".join(lines))  # mojibake may spell control characters
+        mended = "\n".join(fix(line) if MOJIBAKE.search(line) else line for line in text.split("\n"))
         if mended != text:
             done["mojibake"] = 1
             text = mended
+    # Afterwards: half of a letter that was read as Latin-1 is a control character.
+    text, removed = CONTROLS.subn("", text)
+    if removed:
+        done["control characters"] = removed
     lost = sum(map(len, LOST.findall(text)))
     if lost > rules.max_lost_share * len(text):
         return text, done, Drop("encoding.lost", f"{lost} of {len(text)} characters are lost; at most a share of {rules.max_lost_share}")
@@ -77,9 +75,12 @@ def mask(text: str, rules: PersonalRules) -> tuple[str, Counter[str]]:
         return MASK[kind]
 
     really = {"email": lambda found: True, "ip": _is_public, "phone": _is_phone}
-    for kind in rules.kinds:
-        if kind != "email" or "@" in text:
-            text = _FIND[kind].sub(replace, text)
+    before = -1
+    while done.total() > before:  # what stood close by was part of no word, number or address only once its neighbour was masked
+        before = done.total()
+        for kind in rules.kinds:
+            if kind != "email" or "@" in text:
+                text = _FIND[kind].sub(replace, text)
     return text, done
 
 
