@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
+from dsv2.data.order import mix
+
 BLANK, LETTER, DIGIT, IDEOGRAPH = 1, 2, 4, 8  # bits of a class; an ideograph is a letter, too
 TABLE = 0x32400  # no letter lies above
 _IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
@@ -58,7 +60,7 @@ class Reading:
 def read(text: str) -> Reading:
     """Read a text; it holds no lone surrogate."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    classes_of, mix = _tables()
+    classes_of, hash_of = _tables()
     clipped = np.minimum(codes, TABLE - 1)
     classes = classes_of[clipped]
     in_word = (classes & (LETTER | DIGIT)) > 0
@@ -72,7 +74,7 @@ def read(text: str) -> Reading:
     word_lens = np.diff(offsets, append=len(places))
     if len(places):
         within = np.arange(len(places)) - np.repeat(offsets, word_lens)
-        word_hashes = np.add.reduceat(mix[clipped[places]] * _powers()[within % _PLACES], offsets)
+        word_hashes = np.add.reduceat(hash_of[clipped[places]] * _powers()[within % _PLACES], offsets)
     else:
         word_hashes = np.zeros(0, dtype=np.uint64)
     feeds = np.flatnonzero(codes == 10)
@@ -92,14 +94,7 @@ def gram_hashes(words: UInt64[np.ndarray, "words"], length: int) -> UInt64[np.nd
     for shift in range(1, length):
         total *= _MULTIPLIER
         total += words[shift : shift + num_grams]
-    return mixed(total)
-
-
-def mixed(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """Return the finalizer of SplitMix64: every input bit turns every output bit with probability 1/2."""
-    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ values >> np.uint64(31))
+    return mix(total)
 
 
 @cache
@@ -121,7 +116,7 @@ def _tables() -> tuple[UInt8[np.ndarray, "codes"], UInt64[np.ndarray, "codes"]]:
     for low, high in _IDEOGRAPHS:
         block = classes[low : high + 1]
         block[block == LETTER] |= IDEOGRAPH
-    return classes, mixed(lower + _MULTIPLIER)
+    return classes, mix(lower + _MULTIPLIER)
 
 
 @cache

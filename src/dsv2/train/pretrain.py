@@ -18,6 +18,7 @@ from pydantic import Field
 from dsv2.checkpoint.steps import checkpoints
 from dsv2.config import Section, dump_toml, load_recipe
 from dsv2.data.loader import Loader
+from dsv2.data.mixture import Mixture, MixtureRules
 from dsv2.data.packing import Rows
 from dsv2.data.shards import TokenShards
 from dsv2.errors import ConfigError, DataError
@@ -56,6 +57,7 @@ class PretrainRecipe(Section):
     learning_rate: LearningRate
     optimizer: AdamWSection = AdamWSection()
     balance: BalanceSection = BalanceSection()
+    mixture: MixtureRules | None = Field(default=None, description="Weights of the domains; without it every row once an epoch.")
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
         """Return the model's config, its vocabulary that of the tokenizer.
@@ -162,7 +164,7 @@ def pretrain(
     _begin(recipe, corpus, out, device)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
-    loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
+    loader = Loader(_rows(recipe, corpus), seed=recipe.run.seed)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
     try:
         train(
@@ -172,6 +174,15 @@ def pretrain(
     finally:
         metrics.close()
     return model
+
+
+def _rows(recipe: PretrainRecipe, corpus: Corpus) -> Rows | Mixture:
+    """Return what is read, after checking that no domain is read more often than it may be."""
+    if recipe.mixture is None:
+        return Rows(corpus.train, recipe.run.seq_len)
+    mixture = Mixture(corpus.train, recipe.run.seq_len, recipe.mixture, seed=recipe.run.seed)
+    mixture.epochs(-(-recipe.run.tokens // recipe.run.seq_len))
+    return mixture
 
 
 def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
