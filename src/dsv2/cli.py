@@ -40,7 +40,11 @@ VERBS: dict[str, Verb] = {
         "run the same command again; it continues where it stopped",
     ),
     "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
-    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training."),
+    "prepare": Verb(
+        "dsv2.data.prepare:run",
+        "Turn text into token shards for training.",
+        "run the same command again; pieces that a recipe had finished are used again",
+    ),
     "pretrain": Verb(
         "dsv2.train.pretrain:run",
         "Train a model on token shards.",

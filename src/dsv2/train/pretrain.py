@@ -152,7 +152,7 @@ def pretrain(
         ConfigError: the recipe does not fit the data, or differs from the one that the run began with.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = checked_config(recipe, corpus)
+    config, rows = checked_config(recipe, corpus), _rows(recipe, corpus)
     keep_freed_memory()
     recipe = _settled(recipe, corpus, out, device)
     metrics = MetricsLog(out / "metrics.jsonl", tensorboard=tensorboard)
@@ -164,7 +164,7 @@ def pretrain(
     _begin(recipe, corpus, out, device)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
-    loader = Loader(_rows(recipe, corpus), seed=recipe.run.seed)
+    loader = Loader(rows, seed=recipe.run.seed)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
     try:
         train(
