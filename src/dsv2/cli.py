@@ -40,11 +40,7 @@ VERBS: dict[str, Verb] = {
         "run the same command again; it continues where it stopped",
     ),
     "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
-    "prepare": Verb(
-        "dsv2.data.prepare:run",
-        "Turn text into token shards for training.",
-        "run the same command again; pieces that a recipe had finished are used again",
-    ),
+    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training.", "run the same command again; it goes on"),
     "pretrain": Verb(
         "dsv2.train.pretrain:run",
         "Train a model on token shards.",
