@@ -40,7 +40,7 @@ VERBS: dict[str, Verb] = {
         "run the same command again; it continues where it stopped",
     ),
     "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
-    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training."),
+    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training.", "run the same command again; it goes on"),
     "pretrain": Verb(
         "dsv2.train.pretrain:run",
         "Train a model on token shards.",
@@ -182,8 +182,10 @@ def _text(value: str | None) -> str | None:
     return value
 
 
-Sources = Annotated[
-    list[str], typer.Argument(metavar="SOURCE", help="Files or folders (txt, md, jsonl, jsonl.gz, jsonl.zst, parquet), or - for stdin.")
+_READABLE = "Files or folders (txt, md, jsonl, jsonl.gz, jsonl.zst, parquet), or - for stdin"
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help=f"{_READABLE}.")]
+SourcesAndValues = Annotated[
+    list[str], typer.Argument(metavar="SOURCE... [KEY=VALUE]", help=f"{_READABLE}; and values to replace in the recipe.")
 ]
 OutFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
 InvalidUtf8 = Annotated[Literal["error", "replace"], typer.Option(help="What to do about bytes that are no UTF-8.")]
@@ -231,18 +233,31 @@ def tokenizer(
     return Call("tokenizer", {"sources": sources, "out": out, "vocab_size": vocab_size, "invalid_utf8": invalid_utf8})
 
 
-@_verb("books/ --tokenizer data/tokenizer --out data/train", "- --domain en --tokenizer data/tokenizer --out data/train < text.txt")
+@_verb(
+    "books/ --tokenizer data/tokenizer --out data/train",
+    "- --domain en --tokenizer data/tokenizer --out data/train < text.txt",
+    "web/ code/ --recipe clean --decontaminate bench/ --workers 8 --tokenizer data/tokenizer --out data/train",
+    "code/ duplicates.threshold=0.8 --recipe coder-v2-lite --tokenizer data/tokenizer --out data/train",
+)
 def prepare(
-    sources: Sources,
+    sources: SourcesAndValues,
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Tokenizer to encode with.")],
     out: OutFolder,
     domain: Annotated[
         str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's name.")
     ] = None,
     invalid_utf8: InvalidUtf8 = "error",
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Rules: plain, clean, coder-v2, coder-v2-lite, or a TOML file; docs/data.md.")
+    ] = None,
+    decontaminate: Annotated[Path | None, typer.Option(metavar="DIR", help="Drop documents that share text with these benchmarks.")] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes; the result is the same for any number.")] = 1,
 ) -> Call:
-    """Writes memory-mapped token ids with the documents' borders, and a manifest with counts and hashes."""
-    return Call("prepare", {"sources": sources, "tokenizer": tokenizer, "out": out, "domain": domain, "invalid_utf8": invalid_utf8})
+    """Writes memory-mapped token ids with the documents' borders, and a manifest with counts and hashes. With a recipe: cleaned, without
+    duplicates, and report.md says what was dropped and where the time went. Interrupted, it goes on from what was finished.
+    """
+    given = {"sources": sources, "tokenizer": tokenizer, "out": out, "domain": domain, "invalid_utf8": invalid_utf8}
+    return Call("prepare", {**given, "recipe": recipe, "decontaminate": decontaminate, "workers": workers})
 
 
 @_verb(

@@ -36,7 +36,7 @@ SHORT = {
 FULL = {
     "tour": "--out o --size small --threads 2 --seed 3 --no-resume",
     "tokenizer": "a.txt - --out o --vocab-size 512 --invalid-utf8 replace",
-    "prepare": "a.txt b --tokenizer t --out o --domain en --invalid-utf8 replace",
+    "prepare": "a.txt b --tokenizer t --out o --domain en --invalid-utf8 replace --recipe clean --decontaminate d --workers 2",
     "pretrain": "nano a.b=1 --data d c=x --out o --resume --tensorboard",
     "generate": "run --prompt - --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype int8 --json",
     "chat": "run --system hi --template v2 --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype bf16",

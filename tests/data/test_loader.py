@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.data.batch import IGNORE, collate
-from dsv2.data.loader import Loader, permute, sequential_batches
+from dsv2.data.loader import Loader, sequential_batches
+from dsv2.data.order import permute
 from dsv2.data.packing import PackedRow, Rows
 from dsv2.errors import ConfigError
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2.data.loader import lots
+from dsv2.data.order import lots
 from dsv2.train.dropping import DroppingSection, step_dropping
 
 CPU = torch.device("cpu")

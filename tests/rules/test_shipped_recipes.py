@@ -16,6 +16,7 @@ SCHEMAS = {
     "hardware": "dsv2.parallel.hardware:Hardware",
     "plan-serve": "dsv2.plan.options:ServeOptions",
     "plan-train": "dsv2.plan.options:TrainOptions",
+    "prepare": "dsv2.data.recipe:PrepareRecipe",
     "pretrain": "dsv2.train.pretrain:PretrainRecipe",
 }
 

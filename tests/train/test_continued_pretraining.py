@@ -70,8 +70,7 @@ def test_a_start_that_does_not_fit_is_refused(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"data": {"mixture": {"a": 0.5, "b": 0.5}}}, "data.mixture"),
-        ({"data": {"fim_rate": 0.5}}, "data.fim_rate"),
+        ({"mixture": {"stages": [{"weights": {"c": 1}}]}}, "no domain 'c'"),
         ({"model": {**RECIPE["model"], "overrides": RECIPE["model"]["overrides"] | {"n_group": 1, "topk_method": "greedy"}},
           "balance": {"expert": 0.01}, "dropping": {"capacity_factor": 1.0}}, "n_group > 1"),
     ],
@@ -79,12 +78,6 @@ def test_a_start_that_does_not_fit_is_refused(corpus, tmp_path):
 def test_what_a_run_would_have_to_ignore_is_refused(corpus: Corpus, tmp_path, sections, says):
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
         pretrain(PretrainRecipe.model_validate(RECIPE | sections), corpus, tmp_path / "run")
-
-
-@pytest.mark.parametrize("shares", [{"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}])
-def test_mixtures_are_shares(shares):
-    with pytest.raises(ValueError, match="sum to 1"):
-        PretrainRecipe.model_validate(RECIPE | {"data": {"mixture": shares}})
 
 
 def test_a_profiled_run_leaves_a_trace_and_the_same_weights(corpus, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """Pre-training stopped at any step and resumed is the undisturbed run, bit for bit, with two threads."""
 
 import pytest
+import torch
 from training_runs import RECIPE, recipe, without_times
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
-from dsv2.errors import CheckpointError, DataError, Dsv2Error
+from dsv2.errors import CheckpointError, ConfigError, DataError, Dsv2Error
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
@@ -84,3 +85,18 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
     (folder / "train").symlink_to(corpus.train.folder)
     with pytest.raises(DataError, match="was written with the tokenizer"):
         Corpus.open(folder)
+
+
+def test_a_mixture_is_read_and_too_many_epochs_are_refused(corpus, tmp_path):
+    only = {"mixture": {"stages": [{"weights": {"a": 1}}]}}
+    trained = [
+        pretrain(PretrainRecipe.model_validate(RECIPE | extra), corpus, tmp_path / name)
+        for name, extra in (("plain", {}), ("only", only), ("same", only))
+    ]
+    plain, one, same = (model.lm_head.weight for model in trained)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, plain)
+    refused = {"mixture": {"stages": [{"weights": {"a": 1}}], "max_epochs": {"a": 0.5}}}
+    with pytest.raises(ConfigError, match="a would be read .* times; at most 0.5"):
+        pretrain(PretrainRecipe.model_validate(RECIPE | refused), corpus, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

@@ -3,6 +3,7 @@
 import pytest
 
 from dsv2.config import load_recipe
+from dsv2.data.recipe import PrepareRecipe
 from dsv2.model.accounting import count_parameters
 from dsv2.train.pretrain import PretrainRecipe
 from dsv2.train.schedule import check_batch, learning_rate, steps_of
@@ -51,7 +52,10 @@ def test_every_value_of_the_table(name):
     assert recipe.dropping.capacity_factor == said["capacity"]
     assert (config.n_group, config.topk_group) == said["groups"]
     assert count_parameters(config).total == said["total"]
-    assert (recipe.data.mixture, recipe.data.fim_rate, recipe.model.start) == (said["mixture"], said["fim"], said["start"])
+    mixture = {} if recipe.mixture is None else recipe.mixture.stages[0].weights
+    assert (mixture, recipe.model.start) == (said["mixture"], said["start"])
+    prepared = name if said["mixture"] else "clean"
+    assert load_recipe(prepared, PrepareRecipe, folder="prepare").fim.rate == said["fim"]
     last = learning_rate(rate, step=10**6, tokens=run.tokens, total_tokens=run.tokens)
     assert last == pytest.approx(said["final"], rel=2e-4)
     check_batch(batch)

@@ -43,12 +43,14 @@ class Document:
         domain: kind of text, e.g. "en" or "code"; everything later is counted and validated by domain.
         source: the file, or "stdin".
         location: place in the file: "line 12", "row 12" or "whole file".
+        path: name of the file that the text was, where a row tells it in its field ``path``: the kind of code goes by it.
     """
 
     text: str
     domain: str
     source: str
     location: str
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +192,17 @@ class DocumentStream(Iterator[Document]):
                 raise DataError(f'{place}: the field "{name}" holds {type(value).__name__}, not a string')
         text, in_text = self._without_surrogates(row["text"], place)
         domain, in_domain = self._without_surrogates(domain, place)
-        yield from self._document(file, text, domain, location, replaced + in_text + in_domain)
+        path = row.get("path")
+        path = path.encode(errors="replace").decode() if isinstance(path, str) else ""
+        yield from self._document(file, text, domain, location, replaced + in_text + in_domain, path)
 
-    def _document(self, file: SourceFile, text: str, domain: str, location: str, replaced: int) -> Iterator[Document]:
+    def _document(self, file: SourceFile, text: str, domain: str, location: str, replaced: int, path: str = "") -> Iterator[Document]:
         if replaced:
             self.replaced[domain] += replaced
         if not text or text.isspace():
             self.skipped[domain] += 1
         else:
-            yield Document(text, domain, str(file), location)
+            yield Document(text, domain, str(file), location, path)
 
     def _decode(self, data: bytes, place: str, offset: int = 0) -> tuple[str, int]:
         """Return the text and how many of its characters are replacements; ``offset`` is where ``data`` begins in its file."""
@@ -334,15 +338,19 @@ def _refuse_controls(data: bytes, file: SourceFile) -> None:
 
 
 def _text_columns(pyarrow: Any, schema: Any, file: SourceFile) -> list[str]:
-    """Return which of the columns text and domain a parquet file has, both of strings."""
+    """Return which of the columns text, domain and path a parquet file has, all of strings."""
     if "text" not in schema.names:
         seen = ", ".join(map(repr, schema.names[:12])) or "none"
         raise DataError(f'{file}: no column "text"; columns seen: {seen}', hint='every row needs its text in the column "text"')
-    columns = [column for column in ("text", "domain") if column in schema.names]
-    for column in columns:
+    columns = []
+    for column in ("text", "domain", "path"):
+        if column not in schema.names:
+            continue
         kind = schema.field(column).type
         values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values) or pyarrow.types.is_null(values)):
+        if pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values) or pyarrow.types.is_null(values):
+            columns.append(column)
+        elif column != "path":  # which is of use where it is a name, and no harm elsewhere
             raise DataError(f'{file}: the column "{column}" holds {kind}, not strings')
     return columns
 

@@ -8,24 +8,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt64
+from jaxtyping import Int64
 
 from dsv2.data.batch import Batch, collate
+from dsv2.data.mixture import Mixture
+from dsv2.data.order import permute
 from dsv2.data.packing import Rows
 from dsv2.errors import ConfigError
-
-FEISTEL_ROUNDS = 8
-# Halves of 2 bits never shuffle 16 places evenly, however many rounds: 5 rows then have favourite orders.
-MIN_HALF_BITS = 3
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-LOTTERY = np.uint64(0xD1B54A32D192ED03)  # keeps the lots apart from the order of the rows
 
 
 class Loader:
     """Shuffled rows in batches, an epoch after the other, each row once per epoch.
 
     Args:
-        rows: what to read.
+        rows: what to read; a mixture says itself which row is which sample.
         seed: of the order; 0 to 2**64 - 1.
         rank: which share of every batch this process takes.
         world_size: into how many shares a batch is split.
@@ -34,7 +30,7 @@ class Loader:
         ConfigError: a number is out of range.
     """
 
-    def __init__(self, rows: Rows, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rows: Rows | Mixture, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= seed < 1 << 64:
             raise ConfigError(f"seed = {seed}; it can be 0 to 2**64 - 1")
         if not 0 <= rank < world_size:
@@ -64,6 +60,8 @@ class Loader:
 
     def row_indices(self, first_sample: int, num_samples: int) -> Int64[np.ndarray, "samples"]:
         """Return which rows the global samples [first_sample, first_sample + num_samples) are."""
+        if isinstance(self.rows, Mixture):
+            return self.rows.indices(first_sample, num_samples)
         epochs, places = np.divmod(np.arange(first_sample, first_sample + num_samples, dtype=np.uint64), np.uint64(len(self.rows)))
         return permute(places, epochs, size=len(self.rows), seed=self.seed).astype(np.int64)
 
@@ -93,49 +91,3 @@ def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
     """Yield every row once, in order: for evaluation. The last batch may be smaller."""
     for first in range(0, len(rows), batch_size):
         yield collate([rows.row(index) for index in range(first, min(first + batch_size, len(rows)))])
-
-
-def permute(
-    places: UInt64[np.ndarray, "samples"], epochs: UInt64[np.ndarray, "samples"], *, size: int, seed: int
-) -> UInt64[np.ndarray, "samples"]:
-    """Return where a pseudo-random permutation, one for each epoch and seed, sends each place.
-
-    A Feistel network permutes the next power of four; places that it sends beyond ``size`` go through it again until they come back
-    (cycle walking, fewer than four turns on average from 16 rows up). No table, whatever the size.
-
-    Args:
-        places: below ``size``.
-        epochs: which permutation, for each place.
-        size: number of things permuted, at least 1.
-        seed: 0 to 2**64 - 1.
-    """
-    half = np.uint64(max(MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = _mix(_mix(np.full_like(epochs, seed) + GOLDEN) + epochs * GOLDEN)
-    result = places.copy()
-    outside = np.ones(result.shape, dtype=bool)
-    while outside.any():
-        left, right, key = result[outside] >> half, result[outside] & mask, keys[outside]
-        for number in range(1, FEISTEL_ROUNDS + 1):
-            left, right = right, left ^ (_mix(key + (right << np.uint64(8)) + np.uint64(number)) & mask)
-        result[outside] = left << half | right
-        outside = result >= np.uint64(size)
-    return result
-
-
-def lots(samples: Int64[np.ndarray, "samples"], *, seed: int) -> Float64[np.ndarray, "samples"]:
-    """Return a number in [0, 1) that belongs to each global sample: the same however the samples are cut into batches and ranks.
-
-    Args:
-        samples: global sample indices, from 0.
-        seed: 0 to 2**64 - 1.
-    """
-    mixed = _mix(_mix(np.full(samples.shape, seed, dtype=np.uint64) + LOTTERY) + samples.astype(np.uint64) * GOLDEN)
-    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(values: UInt64[np.ndarray, "samples"]) -> UInt64[np.ndarray, "samples"]:
-    """Return the finalizer of SplitMix64: every input bit turns every output bit with probability 1/2."""
-    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ values >> np.uint64(31))

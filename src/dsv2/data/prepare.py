@@ -1,20 +1,29 @@
 """From documents to token shards (``dsv2 prepare``), and from documents to a tokenizer (``dsv2 tokenizer``)."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from dsv2.config import load_recipe
 from dsv2.data.documents import Document, DocumentStream, InvalidUtf8, read_documents
+from dsv2.data.flow import flow, hash_benchmarks, require_extras, working_in
+from dsv2.data.pieces import Job
+from dsv2.data.recipe import PrepareRecipe
 from dsv2.data.shards import SHARD_TOKENS, ShardWriter, refuse_foreign_files
+from dsv2.data.tally import Tally
+from dsv2.errors import ConfigError, DataError
 from dsv2.files import atomic_folder
 from dsv2.progress import Bar, bar, table
+from dsv2.tokenizer.specials import FIM_BEGIN
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import Compression, train_tokenizer
 from dsv2.tokenizer.train import report as measure
 
 BATCH_CHARACTERS = 1 << 20  # encoded at once, in the library's threads; some 100 bytes of memory each at worst
+OVERRIDE = re.compile(r"[a-z_]+\.[a-z_]+=")  # of a recipe; all its keys lie in a section
 SAMPLE_CHARACTERS = 1 << 20  # of each domain, kept while a tokenizer is trained, to measure it
 
 
@@ -67,11 +76,13 @@ class PrepareReport:
         out: the folder of shards.
         domains: counts, sorted by domain.
         ignored_files: files in the given folders that are of no readable kind.
+        tally: what the rules of a recipe did; None without one.
     """
 
     out: Path
     domains: tuple[DomainCounts, ...]
     ignored_files: int
+    tally: Tally | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +98,9 @@ class PrepareReport:
         ]
         ignored = f", files of other kinds ignored: {self.ignored_files}" if self.ignored_files else ""
         table(f"{self.num_tokens:,} tokens in {self.out}{ignored}", columns, rows)
+        if self.tally is not None and self.tally.drops:
+            dropped = [(rule, count, self.tally.drop_bytes[rule]) for rule, count in sorted(self.tally.drops.items())]
+            table(f"dropped; examples in {self.out / 'report.md'}", ("rule", "documents", "bytes"), dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +162,69 @@ def prepare(documents: Iterable[Document], tokenizer: Encoder, out: str | Path, 
     return PrepareReport(Path(out), domains, ignored)
 
 
+def prepare_by_recipe(
+    documents: Iterable[Document],
+    tokenizer: str | Path,
+    out: str | Path,
+    recipe: PrepareRecipe,
+    *,
+    benchmarks: str | Path | None = None,
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
+) -> PrepareReport:
+    """Write the documents that pass the rules of a recipe as token shards, with report.md and report.json beside them.
+
+    The result is the same for any number of workers. Finished pieces lie in ``OUT.work`` until all is done: after an interruption the same
+    call goes on from them.
+
+    Args:
+        documents: read once.
+        tokenizer: its folder.
+        out: folder to write.
+        recipe: which rules are on.
+        benchmarks: folder of .jsonl files whose text is to be kept out.
+        workers: processes.
+        shard_tokens: size from which a shard is closed.
+
+    Raises:
+        ConfigError: ``workers`` is below 1.
+        DataError: no document is left, ``out`` holds something else than shards, or the disk is full.
+        MissingExtra: a rule needs a package that is not installed.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers = {workers}; at least 1 is needed")
+    require_extras(recipe)
+    loaded, tally, out = Tokenizer.load(tokenizer), Tally(), Path(out)
+    if recipe.fim.rate > 0 and FIM_BEGIN not in loaded.special_ids:
+        hint = "use the tokenizer of Coder-V2 or V2.5, or one of dsv2 tokenizer; or set fim.rate=0"
+        raise ConfigError(f"fim.rate = {recipe.fim.rate}, and the tokenizer {tokenizer} has no marker {FIM_BEGIN}", hint=hint)
+    total = documents.total_bytes if isinstance(documents, DocumentStream) else None
+    with (
+        ShardWriter(out, loaded.fingerprint, loaded.vocab_size, eos_id=loaded.eos_id, shard_tokens=shard_tokens) as writer,
+        working_in(out) as work,
+        bar(total, "preparing", unit="bytes") as progress,
+    ):
+        job = Job(recipe, Path(tokenizer), work)
+        if benchmarks is not None:
+            with tally.timed("hash benchmarks"):
+                grams, key = hash_benchmarks(Path(benchmarks), recipe.contamination, work)
+            job = Job(recipe, Path(tokenizer), work, grams, key)
+        flow(_watched(documents, progress), job, writer, tally, workers)
+        if not tally.documents:
+            raise DataError(
+                f"an empty corpus: all {tally.read['documents']} documents were dropped, most by {tally.commonest()}",
+                hint="loosen that rule in the recipe, or give other documents",
+            )
+        writer.attach("report.json", tally.json(workers))
+        writer.attach("report.md", tally.markdown(workers))
+    skipped, replaced, ignored = _left_out(documents)
+    domains = tuple(
+        DomainCounts(name, tally.documents[name], tally.tokens[name], tally.num_bytes[name], skipped[name], replaced[name])
+        for name in sorted(tally.documents.keys() | skipped.keys() | replaced.keys())
+    )
+    return PrepareReport(out, domains, ignored, tally)
+
+
 def run(
     sources: Sequence[str | Path],
     *,
@@ -155,22 +232,39 @@ def run(
     out: str | Path,
     domain: str | None = None,
     invalid_utf8: InvalidUtf8 = "error",
+    recipe: str | None = None,
+    decontaminate: str | Path | None = None,
+    workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
 ) -> PrepareReport:
     """Stage of ``dsv2 prepare``: files, folders or "-" (stdin) to a folder of token shards.
 
+    Without a recipe, benchmarks and overrides every document is written as it is.
+
     Args:
-        sources: see :func:`~dsv2.data.documents.read_documents`, also for ``domain`` and ``invalid_utf8``.
+        sources: see :func:`~dsv2.data.documents.read_documents`, also for ``domain`` and ``invalid_utf8``. What has the form
+            ``section.key=value`` and is no file replaces a value of the recipe.
         tokenizer: folder of the tokenizer.
         out: folder to write.
+        recipe: name of a shipped recipe of ``recipes/prepare``, or path of a TOML file.
+        decontaminate: folder of benchmarks whose text is to be kept out.
+        workers: processes.
         shard_tokens: size from which a shard is closed.
 
     Raises:
         ConfigError: an option is out of range.
         DataError: the input is missing, damaged or empty, or ``out`` cannot be written.
+        MissingExtra: a rule needs a package that is not installed.
     """
-    documents = read_documents(sources, domain=domain, invalid_utf8=invalid_utf8)
-    report = prepare(documents, Tokenizer.load(tokenizer), out, shard_tokens=shard_tokens)
+    overrides = [str(source) for source in sources if OVERRIDE.match(str(source)) and not Path(source).exists()]
+    documents = read_documents([source for source in sources if str(source) not in overrides], domain=domain, invalid_utf8=invalid_utf8)
+    rules = load_recipe(recipe or "plain", PrepareRecipe, folder="prepare", overrides=overrides)
+    if rules == PrepareRecipe() and decontaminate is None and workers == 1:
+        report = prepare(documents, Tokenizer.load(tokenizer), out, shard_tokens=shard_tokens)
+    else:
+        report = prepare_by_recipe(
+            documents, tokenizer, out, rules, benchmarks=decontaminate, workers=workers, shard_tokens=shard_tokens
+        )  # fmt: skip
     report.table()
     return report
 

@@ -28,6 +28,7 @@ FORMAT = "dsv2-token-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 26  # 128 or 256 MiB a file
+REPORTS = ("report.json", "report.md")  # what may lie beside the shards
 MAX_DOMAINS = 256  # each keeps a file open while shards are written
 REMAKE_HINT = "make the shards again with `dsv2 prepare`"
 
@@ -61,6 +62,7 @@ class Manifest(BaseModel):
     eos_id: int = Field(ge=0)
     dtype: Literal["uint16", "uint32"]
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
+    files: tuple[str, ...] = ()  # further ones in the folder, such as a report; not part of the data, so without hashes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,10 +194,11 @@ class ShardWriter:
         self._open: dict[str, _OpenShard] = {}
         self._entries: list[ShardEntry] = []
         self._numbers: Counter[str] = Counter()
+        self._files: list[str] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        refuse_foreign_files(self.folder, (MANIFEST, "*.bin", "*.idx"))
+        refuse_foreign_files(self.folder, (MANIFEST, "*.bin", "*.idx", *REPORTS))
         self._temporary = self._stack.enter_context(atomic_folder(self.folder))
         return self
 
@@ -230,6 +233,13 @@ class ShardWriter:
         if shard.starts[-1] >= self._shard_tokens:
             self._entries.append(self._open.pop(domain).close())
 
+    def attach(self, name: str, content: str) -> None:
+        """Put a file of :data:`REPORTS` beside the shards; the manifest names it, and its content is no part of the fingerprint."""
+        if name not in REPORTS:
+            raise ValueError(f"{name} is none of {', '.join(REPORTS)}")
+        (self._temporary / name).write_bytes(content.encode())
+        self._files.append(name)
+
     def _start(self, domain: str) -> "_OpenShard":
         if len(self._open) >= MAX_DOMAINS:
             raise DataError(
@@ -254,8 +264,10 @@ class ShardWriter:
             eos_id=self._eos_id,
             dtype=self._dtype,
             shards=tuple(sorted(self._entries, key=lambda entry: entry.domain)),  # stable: within a domain as written
+            files=tuple(self._files),
         )
-        (self._temporary / MANIFEST).write_bytes(manifest.model_dump_json(indent=1).encode() + b"\n")
+        content = manifest.model_dump_json(indent=1, exclude=None if self._files else {"files"})
+        (self._temporary / MANIFEST).write_bytes(content.encode() + b"\n")
 
 
 LITTLE_ENDIAN = {"uint16": "<u2", "uint32": "<u4", "int64": "<i8"}

@@ -5,7 +5,7 @@ import torch
 from pydantic import Field
 
 from dsv2.config import Section
-from dsv2.data.loader import lots
+from dsv2.data.order import lots
 from dsv2.model.dropping import Dropping
 
 

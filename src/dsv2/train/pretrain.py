@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dsv2.checkpoint.steps import checkpoints
 from dsv2.config import Section, dump_toml, load_recipe
 from dsv2.data.loader import Loader
+from dsv2.data.mixture import Mixture, MixtureRules
 from dsv2.data.packing import Rows
 from dsv2.data.shards import TokenShards
 from dsv2.errors import ConfigError, DataError
@@ -57,21 +58,6 @@ class ModelSection(Section):
     )
 
 
-class DataSection(Section):
-    """What the shards are to hold, as far as a recipe prescribes it."""
-
-    mixture: dict[str, float] = Field(
-        default_factory=dict, description="share of the tokens that each domain has; empty: as the shards are"
-    )
-    fim_rate: float = Field(default=0.0, ge=0, le=1, description="share of documents turned into fill-in-the-middle, before packing")
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataSection":
-        if self.mixture and (min(self.mixture.values()) <= 0 or abs(sum(self.mixture.values()) - 1) > 1e-9):
-            raise ValueError(f"mixture = {self.mixture} must be positive shares that sum to 1")
-        return self
-
-
 class PretrainRecipe(Section):
     """A pre-training run: one dial, the preset and the token budget, and the values that go with it."""
 
@@ -83,7 +69,7 @@ class PretrainRecipe(Section):
     balance: BalanceSection = BalanceSection()
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
-    data: DataSection = DataSection()
+    mixture: MixtureRules | None = Field(default=None, description="Weights of the domains; without it every row once an epoch.")
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
         """Return the model's config, its vocabulary that of the tokenizer.
@@ -186,7 +172,7 @@ def pretrain(
         ConfigError: the recipe does not fit the data, or differs from the one that the run began with.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = checked_config(recipe, corpus)
+    config, rows = checked_config(recipe, corpus), _rows(recipe, corpus)
     keep_freed_memory()
     fresh = recipe.model.start is not None and not checkpoints(out)
     start_hash = check_start(recipe.model.start or "", config, corpus.tokenizer) if fresh else None
@@ -205,7 +191,7 @@ def pretrain(
     _begin(recipe, corpus, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
-    loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
+    loader = Loader(rows, seed=recipe.run.seed)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
     try:
         train(
@@ -215,6 +201,15 @@ def pretrain(
     finally:
         metrics.close()
     return model
+
+
+def _rows(recipe: PretrainRecipe, corpus: Corpus) -> Rows | Mixture:
+    """Return what is read, after checking that no domain is read more often than it may be."""
+    if recipe.mixture is None:
+        return Rows(corpus.train, recipe.run.seq_len)
+    mixture = Mixture(corpus.train, recipe.run.seq_len, recipe.mixture, seed=recipe.run.seed)
+    mixture.epochs(-(-recipe.run.tokens // recipe.run.seq_len))
+    return mixture
 
 
 def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
@@ -238,11 +233,6 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
         raise ConfigError(
             f"dropping.capacity_factor = {recipe.dropping.capacity_factor:g}: a device's budget needs n_group > 1 and MoE layers",
             hint="leave dropping.capacity_factor out",
-        )
-    if recipe.data.mixture or recipe.data.fim_rate:
-        raise ConfigError(
-            f"data.mixture = {recipe.data.mixture}, data.fim_rate = {recipe.data.fim_rate:g}: shards are read as they are",
-            hint="prepare shards that have these shares, then set data.mixture={} data.fim_rate=0",
         )
     needed, present = 16 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available() and needed > present:
