@@ -87,13 +87,14 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path):
         Corpus.open(folder)
 
 
-def test_a_mixture_is_read_and_too_many_epochs_are_refused(corpus, tmp_path):
+def test_a_mixture_is_read_and_too_many_epochs_are_refused(corpus, tmp_path, capsys):
     only = {"mixture": {"stages": [{"weights": {"a": 1}}]}}
     trained = [
         pretrain(PretrainRecipe.model_validate(RECIPE | extra), corpus, tmp_path / name)
         for name, extra in (("plain", {}), ("only", only), ("same", only))
     ]
     plain, one, same = (model.lm_head.weight for model in trained)
+    assert "epochs by domain: a " in capsys.readouterr().err
     assert torch.equal(one, same)
     assert not torch.equal(one, plain)
     refused = {"mixture": {"stages": [{"weights": {"a": 1}}], "max_epochs": {"a": 0.5}}}

@@ -310,13 +310,13 @@ def _validator(corpus: Corpus, recipe: PretrainRecipe, plan: LoopPlan) -> Callab
 
 def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, plan: LoopPlan, done: int) -> None:
     counts, steps = count_parameters(config), plan.steps()
-    epochs, rate = recipe.run.tokens / corpus.train.num_tokens(), recipe.learning_rate
+    rate = recipe.learning_rate
     experts = f"{config.n_routed_experts or 0} routed experts top {config.num_experts_per_tok or 0}"
     rows = [
         ("model", f"{config.num_hidden_layers} layers, d {config.hidden_size}, {experts}"),
         ("parameters", f"{counts.total:,} total, {counts.activated_without_embedding:,} activated per token (input embedding not counted)"),
         ("latent cache", f"{cache_elements_per_token(config):,} numbers per token"),
-        ("data", f"{corpus.train.num_tokens():,} tokens in {', '.join(corpus.train.domains)}; {epochs:.2f} epochs"),
+        ("data", _describe_data(recipe, corpus)),
         (
             "steps",
             f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
@@ -328,6 +328,14 @@ def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, pla
     table("plan", ("what", "value"), rows)
     if done:
         console().print(f"resuming after step {done} of {len(steps)}")
+
+
+def _describe_data(recipe: PretrainRecipe, corpus: Corpus) -> str:
+    tokens, rows = corpus.train.num_tokens(), _rows(recipe, corpus)
+    if isinstance(rows, Mixture):
+        read = rows.epochs(-(-recipe.run.tokens // recipe.run.seq_len))
+        return f"{tokens:,} tokens; epochs by domain: {', '.join(f'{domain} {count:.2f}' for domain, count in read.items())}"
+    return f"{tokens:,} tokens in {', '.join(corpus.train.domains)}; {recipe.run.tokens / tokens:.2f} epochs"
 
 
 def _describe_rate(rate: LearningRate) -> str:
