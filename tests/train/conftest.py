@@ -1,5 +1,7 @@
 """A small corpus to train on, and two threads."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -24,20 +26,20 @@ def corpus(tmp_path_factory) -> Corpus:
     return Corpus.open(folder)
 
 
-@pytest.fixture
-def two_threads():
+def with_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    make_deterministic(2)
+    make_deterministic(number)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    yield from with_threads(2)
 
 
 @pytest.fixture
 def one_thread():
     """For runs that are compared with each other many times: threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    make_deterministic(1)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(before)
+    yield from with_threads(1)

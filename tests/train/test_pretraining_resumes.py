@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training_runs import RECIPE, recipe, without_times
+from training_runs import RECIPE, recipe, stopping_after, without_times
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
@@ -10,7 +10,6 @@ from dsv2.errors import CheckpointError, ConfigError, DataError, Dsv2Error
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.train import loop
 from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -21,19 +20,8 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 def test_stopped_and_resumed_is_undisturbed(corpus, tmp_path, monkeypatch, precision, stop_at):
     pretrain(recipe(precision=precision), corpus, tmp_path / "peace")
 
-    real, calls = loop.train_step, 0
-
-    def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > stop_at:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping_after(stop_at, monkeypatch):
         pretrain(recipe(precision=precision), corpus, tmp_path / "stopped")
-    monkeypatch.setattr(loop, "train_step", real)
     pretrain(recipe(precision=precision), corpus, tmp_path / "stopped")
 
     last = latest_checkpoint(tmp_path / "peace")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training_runs import guarded, without_times
+from training_runs import guarded, stopping_after, without_times
 
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.data.loader import Loader
@@ -14,7 +14,6 @@ from dsv2.data.packing import Rows
 from dsv2.errors import Dsv2Error
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
-from dsv2.train import loop
 from dsv2.train import step as step_module
 from dsv2.train.pretrain import PretrainRecipe, pretrain
 from dsv2.train.schedule import steps_of
@@ -99,19 +98,8 @@ def test_stopped_amid_spikes_and_resumed_is_undisturbed(corpus, tmp_path, monkey
     recipe = guarded(run=guarded().run.model_dump() | {"precision": precision})
     inject(recipe, {10: 50.0, 11: 60.0, 12: 50.0, 15: 50.0})
     pretrain(recipe, corpus, tmp_path / "peace")
-    real, calls = loop.train_step, 0
-
-    def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > stop_at:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping_after(stop_at, monkeypatch):
         pretrain(recipe, corpus, tmp_path / "stopped")
-    monkeypatch.setattr(loop, "train_step", real)
     pretrain(recipe, corpus, tmp_path / "stopped")
     last = latest_checkpoint(tmp_path / "peace")
     assert weights(last) == weights(tmp_path / "stopped" / last.name)

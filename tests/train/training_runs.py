@@ -1,8 +1,13 @@
 """The smallest recipe that uses every part of pre-training, and what its runs are compared by."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from dsv2.progress import read_metrics
+from dsv2.train import loop
 from dsv2.train.pretrain import PretrainRecipe
 
 RECIPE = {
@@ -38,3 +43,20 @@ def guarded(**sections: object) -> PretrainRecipe:
 
 def without_times(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@contextmanager
+def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interrupt the run of the block, as Ctrl-C does, when it has done so many steps."""
+    real, calls = loop.train_step, 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > steps:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_step", interrupted)
+        yield

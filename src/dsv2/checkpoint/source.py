@@ -223,7 +223,7 @@ class Converted:
 
     Args:
         source: where the weights come from.
-        dtype: a floating dtype, or torch.int8; norms, router, embedding and kv_b_proj of an int8 source keep the dtype that they have.
+        dtype: a floating dtype, of every tensor; or torch.int8, of the matrices: norms, router, embedding and kv_b_proj then keep theirs.
     """
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:

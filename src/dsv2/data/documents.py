@@ -357,3 +357,17 @@ def _text_columns(pyarrow: Any, schema: Any, file: SourceFile) -> list[str]:
 
 def _damaged(file: SourceFile, error: Exception) -> DataError:
     return DataError(f"{file} is damaged or cut off: {error}", hint="fetch or make the file again")
+
+
+def in_pieces(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Cut a stream into runs of whole documents; each but the last has at least so many characters."""
+    piece: list[Document] = []
+    size = 0
+    for document in documents:
+        piece.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece

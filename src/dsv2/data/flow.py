@@ -23,7 +23,7 @@ import numpy as np
 
 from dsv2.data.contamination import Benchmarks, benchmark_files, benchmark_grams
 from dsv2.data.decompress import import_extra
-from dsv2.data.documents import Document
+from dsv2.data.documents import Document, in_pieces
 from dsv2.data.duplicates import PURPOSE, Index
 from dsv2.data.pieces import Cleaned, Encoded, Job, Workbench
 from dsv2.data.recipe import ContaminationRules, PrepareRecipe
@@ -98,7 +98,7 @@ def flow(documents: Iterable[Document], job: Job, writer: ShardWriter, tally: Ta
             yield piece.key, [item.domain for item in piece.kept], stays
 
     with _workers(job, workers) as run:
-        for encoded in run(_encode, decide(run(_clean, tally.watched(_pieces(documents))))):
+        for encoded in run(_encode, decide(run(_clean, tally.watched(in_pieces(documents, PIECE_CHARACTERS))))):
             piece, stays = decided.popleft()
             with tally.timed("write shards"):
                 _write(piece, stays, encoded, writer, tally)
@@ -110,19 +110,6 @@ def _clean(bench: Workbench, documents: list[Document]) -> Cleaned:
 
 def _encode(bench: Workbench, piece: tuple[str, list[str], list[bool]]) -> Encoded:
     return bench.encode(*piece)
-
-
-def _pieces(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    piece: list[Document] = []
-    size = 0
-    for document in documents:
-        piece.append(document)
-        size += len(document.text)
-        if size >= PIECE_CHARACTERS:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
 
 
 def _decide(piece: Cleaned, index: Index, tally: Tally) -> list[bool]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dsv2.config import load_recipe
-from dsv2.data.documents import Document, DocumentStream, InvalidUtf8, read_documents
+from dsv2.data.documents import Document, DocumentStream, InvalidUtf8, in_pieces, read_documents
 from dsv2.data.flow import flow, hash_benchmarks, require_extras, working_in
 from dsv2.data.pieces import Job
 from dsv2.data.recipe import PrepareRecipe
@@ -146,7 +146,7 @@ def prepare(documents: Iterable[Document], tokenizer: Encoder, out: str | Path, 
         ShardWriter(out, tokenizer.fingerprint, tokenizer.vocab_size, eos_id=tokenizer.eos_id, shard_tokens=shard_tokens) as writer,
         bar(total, "preparing", unit="bytes") as progress,
     ):
-        for batch in _batches(_watched(documents, progress)):
+        for batch in in_pieces(_watched(documents, progress), BATCH_CHARACTERS):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch], add_bos=True), strict=True):
                 size = len(document.text.encode())
                 writer.add(document.domain, [*ids, tokenizer.eos_id], size)
@@ -295,19 +295,6 @@ def train_tokenizer_stage(
     report = TokenizerReport(out, tokenizer.vocab_size, tokenizer.num_tokens, domains)
     report.table()
     return report
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _watched(documents: Iterable[Document], progress: Bar) -> Iterator[Document]:
