@@ -14,7 +14,7 @@ from dsv2.checkpoint.folder import open_folder, read_json
 from dsv2.checkpoint.generation import write_generation_config
 from dsv2.checkpoint.huggingface import MAX_SHARD_BYTES, plan_shards, write_model
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest, write_manifest
-from dsv2.checkpoint.source import AverageSource, Converted, FolderSource, RandomSource, Source, is_int8
+from dsv2.checkpoint.source import AverageSource, Converted, FolderSource, RandomSource, Source
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError, Dsv2Error
 from dsv2.files import atomic_folder, require_replaceable
@@ -173,8 +173,6 @@ def _to_gguf(source: Source, given: Input, out: Path, dtype: str) -> int:
 
     if dtype not in GGUF_KINDS:
         raise ConfigError(f"dtype {dtype!r} is not one of a GGUF file; allowed: {', '.join(GGUF_KINDS)}")
-    if is_int8(source):
-        source = Converted(source, torch.float32)
     tokenizer = None
     if given.folder is not None and os.path.lexists(given.folder / "tokenizer.json"):
         tokenizer = Tokenizer.load(given.folder)

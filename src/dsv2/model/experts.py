@@ -110,7 +110,7 @@ def sort_by_expert(
 
 
 class RoutedExperts(nn.Module):
-    """E SwiGLU experts as two stacked weights (published files hold them one by one; checkpoint/huggingface.py converts)."""
+    """E SwiGLU experts as two stacked weights (published files hold them one by one; checkpoint/names.py says which lies where)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
