@@ -1,12 +1,15 @@
-"""Grouped experts, row movement and the chunked head against their plain definitions, forward and hand-written backward."""
+"""Grouped experts, row movement, norm, activation and the chunked head against plain definitions, forward and written-out backward."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsv2.kernels import attention, cross_entropy, grouped_swiglu, linear_cross_entropy, reference
-from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
+from dsv2.kernels.norm import rms_norm
+from dsv2.kernels.permute import permute_rows, sum_copies
+from dsv2.kernels.swiglu import swiglu
 from reference import training
 
 
@@ -14,34 +17,57 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
+def laid_out(tokens, copies, fillers, seed):
+    """A random layout of ``copies`` copies of each token, with fillers among the rows: order, inverse."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(tokens * copies + fillers, generator=generator)
+    inverse = places[: tokens * copies]
+    return torch.zeros(len(places), dtype=torch.int64).scatter_(0, inverse, torch.arange(tokens * copies)), inverse
+
+
+def require_equal_gradients(ours, expected, inputs, atol=1e-11):
+    assert torch.allclose(ours, expected, atol=atol)
+    mix = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=expected.dtype)
+    both = (torch.autograd.grad((out * mix).sum(), inputs) for out in (ours, expected))
+    for ours_grad, expected_grad in zip(*both, strict=True):
+        assert torch.allclose(ours_grad, expected_grad, atol=atol)
+
+
 @settings(deadline=None, max_examples=40)
-@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5), hidden=st.integers(1, 5), width=st.integers(1, 4))
-def test_grouped_swiglu_is_one_expert_after_the_other(counts, hidden, width):
-    rows, weights = randn(sum(counts), hidden), randn(sum(counts), seed=1)
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=5), copies=st.integers(1, 3), hidden=st.integers(1, 5), width=st.integers(1, 4)
+)
+def test_grouped_swiglu_is_one_expert_after_the_other(counts, copies, hidden, width):
+    tokens, fillers = divmod(sum(counts), copies)
+    assume(tokens)
+    order, inverse = laid_out(tokens, copies, fillers, seed=sum(counts))
+    real = torch.zeros(len(order), dtype=torch.float64).scatter_(0, inverse, 1.0)
+    x, weights = randn(tokens, hidden), (randn(sum(counts), seed=1).detach() * real).requires_grad_()
     gate_up, down = randn(len(counts), 2 * width, hidden, seed=2), randn(len(counts), hidden, width, seed=3)
-    ours = grouped_swiglu(rows, counts, gate_up, down, weights)
-    expected = reference.grouped_swiglu(rows, counts, gate_up, down, weights)
-    assert torch.allclose(ours, expected, atol=1e-12)
-    mix = torch.randn_like(expected)
-    inputs = (rows, gate_up, down, weights)
-    for ours_grad, expected_grad in zip(
-        torch.autograd.grad((ours * mix).sum(), inputs), torch.autograd.grad((expected * mix).sum(), inputs), strict=True
-    ):
-        assert torch.allclose(ours_grad, expected_grad, atol=1e-11)
+    out, expected = (
+        kernel(x, order, inverse, copies, counts, gate_up, down, weights) for kernel in (grouped_swiglu, reference.grouped_swiglu)
+    )
+    require_equal_gradients(out, expected, (x, gate_up, down, weights))
 
 
 @settings(deadline=None, max_examples=30)
-@given(tokens=st.integers(1, 5), copies=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_rows_travel_and_come_back(tokens, copies, seed):
-    order = torch.randperm(tokens * copies, generator=torch.Generator().manual_seed(seed))
-    inverse = torch.argsort(order)
+@given(tokens=st.integers(1, 5), copies=st.integers(1, 4), fillers=st.integers(0, 3), seed=st.integers(0, 1000))
+def test_rows_travel_and_come_back(tokens, copies, fillers, seed):
+    order, inverse = laid_out(tokens, copies, fillers, seed)
     x = randn(tokens, 3)
-    sent = repeat_rows(x, order, inverse, copies)
-    assert torch.equal(sent, x.repeat_interleave(copies, dim=0)[order])
-    assert torch.allclose(sum_copies(sent, order, inverse, copies), x * copies)
-    assert torch.equal(permute_rows(permute_rows(sent, inverse, order), order, inverse), sent)
-    assert torch.autograd.gradcheck(lambda t: sum_copies(repeat_rows(t, order, inverse, copies).sin(), order, inverse, copies), x)
-    assert torch.autograd.gradcheck(lambda t: permute_rows(t, order, inverse).sin(), randn(tokens * copies, 2))
+    assert torch.allclose(sum_copies(x[order // copies], order, inverse, copies), x * copies)
+    if not fillers:
+        assert torch.equal(permute_rows(permute_rows(x[order // copies], inverse, order), order, inverse), x[order // copies])
+        assert torch.autograd.gradcheck(lambda t: permute_rows(t, order, inverse).sin(), randn(tokens * copies, 2))
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=4), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_norm_and_activation_are_torchs(shape, scale, seed):
+    x, gain = (randn(*shape, seed=seed).detach() * scale).requires_grad_(), randn(shape[-1], seed=1)
+    require_equal_gradients(rms_norm(x, gain, 1e-6), F.rms_norm(x, gain.shape, gain, 1e-6), (x, gain), atol=1e-10 + 1e-12 / scale**2)
+    up = randn(*shape, seed=seed + 1)
+    require_equal_gradients(swiglu(x, up), F.silu(x) * up, (x, up), atol=1e-10 * max(1.0, scale))
 
 
 @settings(deadline=None, max_examples=20)

@@ -11,32 +11,39 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv2.kernels.autocast import compute_dtype
 from dsv2.kernels.cross_entropy import LinearCrossEntropy
-from dsv2.kernels.grouped import GroupedSwiGLU, compute_dtype
+from dsv2.kernels.grouped import GroupedSwiGLU
 
 _BF16_TILE = 64
 
 
 def grouped_swiglu(
-    rows: Float[Tensor, "assignments hidden"],
+    x: Float[Tensor, "tokens hidden"],
+    order: Int[Tensor, " rows"],
+    inverse: Int[Tensor, " assignments"],
+    copies: int,
     counts: Sequence[int],
     gate_up: Float[Tensor, "experts double_width hidden"],
     down: Float[Tensor, "experts hidden width"],
-    weights: Float[Tensor, " assignments"],
-) -> Float[Tensor, "assignments hidden"]:
-    """Run every expert on its own rows and scale each result: w * down(silu(gate x) * up x).
+    weights: Float[Tensor, " rows"],
+) -> Float[Tensor, "rows hidden"]:
+    """Lay tokens out by expert, run every expert on its own rows and scale each result: w * down(silu(gate x) * up x).
 
     Args:
-        rows: inputs sorted by expert.
+        x: inputs; each is used ``copies`` times.
+        order: for each row, sorted by expert, its flat (token, copy) index; may hold fillers beside them.
+        inverse: for each flat (token, copy) index its row.
+        copies: experts per token.
         counts: rows of each expert; sums to the number of rows. Zero is fine.
         gate_up: stacked weights, gate rows first.
         down: stacked weights.
-        weights: factor of each row's result (its gate).
+        weights: factor of each row's result (its gate); 0 for fillers.
 
     Returns:
-        One result per row, in the dtype of ``rows``.
+        One result per row, in the dtype that products compute in.
     """
-    out: Tensor = GroupedSwiGLU.apply(rows, counts, gate_up, down, weights)
+    out: Tensor = GroupedSwiGLU.apply(x, order, inverse, copies, counts, gate_up, down, weights)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Rows moved by a permutation, and token rows copied to their experts, with gradients that are gathers.
+"""Rows moved by a permutation, and copies of rows summed, with gradients that are gathers.
 
 A gradient through ``index_select`` would scatter with additions; through these it is another gather, so it is faster and repeats bit for
 bit with any number of threads.
@@ -24,30 +24,22 @@ class _PermuteRows(torch.autograd.Function):
         return _PermuteRows.apply(grad, inverse, order), None, None
 
 
-class _RepeatRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        ctx.copies = copies
-        return rows.index_select(0, order // copies)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _SumCopies.apply(grad, order, inverse, ctx.copies), None, None, None
-
-
 class _SumCopies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+        ctx.save_for_backward(order)
         ctx.copies = copies
-        return F.embedding_bag(inverse.view(-1, copies), rows, mode="sum")  # gathers and adds in one pass
+        return add_copies(rows, inverse, copies)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _RepeatRows.apply(grad, order, inverse, ctx.copies), None, None, None
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order // ctx.copies), None, None, None
+
+
+def add_copies(rows: Float[Tensor, "laid_out size"], inverse: Int[Tensor, " copies_of_rows"], copies: int) -> Float[Tensor, "rows size"]:
+    """``sum_copies`` without a gradient."""
+    return F.embedding_bag(inverse.view(-1, copies), rows, mode="sum")  # gathers and adds in one pass
 
 
 def permute_rows(
@@ -58,17 +50,9 @@ def permute_rows(
     return out
 
 
-def repeat_rows(
-    rows: Float[Tensor, "rows size"], order: Int[Tensor, " laid_out"], inverse: Int[Tensor, " copies_of_rows"], copies: int
-) -> Float[Tensor, "laid_out size"]:
-    """Return every row ``copies`` times, in the order ``order`` of the flat (row, copy) pairs; ``order`` may hold fillers beside them."""
-    out: Tensor = _RepeatRows.apply(rows, order, inverse, copies)
-    return out
-
-
 def sum_copies(
     rows: Float[Tensor, "laid_out size"], order: Int[Tensor, " laid_out"], inverse: Int[Tensor, " copies_of_rows"], copies: int
 ) -> Float[Tensor, "rows size"]:
-    """Undo ``repeat_rows``: bring the copies back together and return their sum per row."""
+    """Return for each row the sum of its ``copies`` copies, which lie in the order ``order``; ``inverse`` says where each lies."""
     out: Tensor = _SumCopies.apply(rows, order, inverse, copies)
     return out

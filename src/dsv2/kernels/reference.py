@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 def grouped_swiglu(
-    rows: Float[Tensor, "assignments hidden"],
+    x: Float[Tensor, "tokens hidden"],
+    order: Int[Tensor, " rows"],
+    inverse: Int[Tensor, " assignments"],
+    copies: int,
     counts: Sequence[int],
     gate_up: Float[Tensor, "experts double_width hidden"],
     down: Float[Tensor, "experts hidden width"],
-    weights: Float[Tensor, " assignments"],
-) -> Float[Tensor, "assignments hidden"]:
+    weights: Float[Tensor, " rows"],
+) -> Float[Tensor, "rows hidden"]:
     """Run each expert on its rows and scale the results; see ``kernels.grouped_swiglu``."""
     results = []
-    for expert, x in enumerate(rows.split(list(counts))):
-        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
+    for expert, rows in enumerate(x[order // copies].split(list(counts))):
+        gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
         results.append(F.linear(F.silu(gate) * up, down[expert]))
-    return torch.cat(results) * weights.unsqueeze(-1).to(rows.dtype)
+    return torch.cat(results) * weights.unsqueeze(-1).to(x.dtype)
 
 
 def linear_cross_entropy(

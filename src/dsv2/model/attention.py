@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dsv2.kernels.attention import attend
+from dsv2.kernels.autocast import compute_dtype
 from dsv2.kernels.permute import permute_rows
 from dsv2.model.cache import LatentCache
 from dsv2.model.config import ModelConfig
@@ -63,6 +64,7 @@ class LatentAttention(nn.Module):
         Returns:
             u_t (eq 19), without residual.
         """
+        x = x.to(compute_dtype(x))  # once for both products
         q_nope, q_rope = self.queries(x, rotation)
         kv_latent, k_rope = self.latents(x, rotation)
         if cache is None:

@@ -12,26 +12,26 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2.kernels import grouped_swiglu, one_token_swiglu, row_tile
-from dsv2.kernels.permute import permute_rows, repeat_rows, sum_copies
+from dsv2.kernels.permute import permute_rows, sum_copies
 from dsv2.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Token rows at the experts that this process holds, sorted by expert.
+    """Token rows at the process that holds their experts, and how to lay them out: one row per assignment, sorted by expert.
 
     Every expert's rows may be followed by rows that fill up a tile: copies of some token with gate 0, which add nothing anywhere.
 
     Args:
-        rows: [M, D] one row per (token, expert) assignment, plus fillers.
-        gates: [M] fp32 weight of each row's result.
+        x: [N, D] the tokens' rows.
+        gates: [M] fp32 weight of each laid-out row's result.
         counts: rows of each expert, fillers included; sums to M.
         order: [M] for each row, its flat (token, choice) index.
         inverse: [N * K] for each flat (token, choice) index, its row.
         copies: K, assignments per token.
     """
 
-    rows: Float[Tensor, "rows hidden"]
+    x: Float[Tensor, "tokens hidden"]
     gates: Float[Tensor, " rows"]
     counts: list[int]
     order: Int[Tensor, " rows"]
@@ -68,14 +68,14 @@ class LocalDispatch:
         gates: Float[Tensor, "tokens chosen"],
         num_experts: int,
     ) -> Dispatched:
-        """Copy each token's row once per chosen expert, sorted by expert (stable, so tokens keep their order within an expert)."""
+        """Sort the assignments by expert (stable, so tokens keep their order within an expert)."""
         copies, flat = experts.shape[1], experts.flatten()
         order, inverse, counts = sort_by_expert(flat, num_experts, row_tile(x))
-        rows, flat_gates = repeat_rows(x, order, inverse, copies), gates.flatten()
+        flat_gates = gates.flatten()
         if len(order) == len(inverse):
-            return Dispatched(rows, permute_rows(flat_gates, order, inverse), counts, order, inverse, copies)
+            return Dispatched(x, permute_rows(flat_gates, order, inverse), counts, order, inverse, copies)
         real = flat_gates.new_zeros(len(order)).scatter_(0, inverse, 1.0)
-        return Dispatched(rows, flat_gates.index_select(0, order) * real, counts, order, inverse, copies)
+        return Dispatched(x, flat_gates.index_select(0, order) * real, counts, order, inverse, copies)
 
     def combine(self, rows: Float[Tensor, "rows hidden"], sent: Dispatched) -> Float[Tensor, "tokens hidden"]:
         """Sum each token's rows."""
@@ -127,5 +127,5 @@ class RoutedExperts(nn.Module):
         if len(x) == 1 and not torch.is_grad_enabled() and isinstance(self.transport, LocalDispatch):
             return one_token_swiglu(x[0], experts[0].tolist(), gates[0], self.gate_up_proj, self.down_proj).unsqueeze(0)
         sent = self.transport.dispatch(x, experts, gates, len(self.down_proj))
-        rows = grouped_swiglu(sent.rows, sent.counts, self.gate_up_proj, self.down_proj, sent.gates)
+        rows = grouped_swiglu(sent.x, sent.order, sent.inverse, sent.copies, sent.counts, self.gate_up_proj, self.down_proj, sent.gates)
         return self.transport.combine(rows, sent)

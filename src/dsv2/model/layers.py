@@ -1,9 +1,12 @@
 """The two plain parts of every block: RMSNorm and the SwiGLU feed-forward network."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from dsv2.kernels.autocast import compute_dtype
+from dsv2.kernels.norm import rms_norm
+from dsv2.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -16,9 +19,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
         """Return the normalised rows in the dtype of ``x``."""
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x.to(wide), self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -32,5 +34,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Return the network's output, without residual."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = x.to(compute_dtype(x))  # once for both products
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv2.kernels.autocast import compute_dtype
 from dsv2.model.config import ModelConfig
 from dsv2.model.dropping import Dropping, drop_assignments
 from dsv2.model.experts import RoutedExperts
@@ -37,6 +38,7 @@ class MoE(nn.Module):
         if dropping is not None:
             kept = drop_assignments(routing, dropping, self.config)
             gates = gates * kept
+        flat = flat.to(compute_dtype(flat))  # once for all products but the router's
         out = self.experts(flat, routing.experts, gates)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)

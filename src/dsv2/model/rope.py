@@ -4,6 +4,7 @@ Dimensions (2j, 2j+1) form one pair that turns by position * theta_j. The order 
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -66,6 +67,26 @@ def rotate(x: Float[Tensor, "batch tokens *heads rope"], rotation: Rotation) -> 
     own, partner = rotation
     if x.dim() == 4:  # a head axis between tokens and dimensions
         own, partner = own.unsqueeze(2), partner.unsqueeze(2)
-    wide = x if x.dtype == torch.float64 else x.float()
+    out: Tensor = _Rotate.apply(x, own, partner) if torch.is_grad_enabled() else _turn(x, own, partner)
+    return out
+
+
+def _turn(x: Tensor, own: Tensor, partner: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * own, swapped, partner).to(x.dtype)
+    turned: Tensor = swapped.mul_(partner).addcmul_(wide, own).to(x.dtype)
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """A turn, whose gradient is the turn back: nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Tensor, partner: Tensor) -> Tensor:
+        ctx.save_for_backward(own, partner)
+        return _turn(x, own, partner)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        own, partner = ctx.saved_tensors
+        return _turn(grad, own, -partner), None, None
