@@ -79,7 +79,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         for expert, own in slices(ctx.counts):
             torch.mm(grad_out[own].t(), scaled[own], out=grad_down[expert])
             torch.mm(grad_out[own], down[expert], out=grad_product[own])
-        grad_weights = product.mul_(grad_product).sum(dim=-1, dtype=weights.dtype)
+        grad_weights = product.mul_(grad_product).sum(dim=-1).to(weights.dtype)
         grad_product.mul_(scale)
         grad_pre = torch.empty_like(pre)
         grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
