@@ -65,7 +65,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _file_limit() -> str:
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 1e6:.1f} MB"
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
 
 
 def existing_parent(path: Path) -> Path:

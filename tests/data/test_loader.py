@@ -45,6 +45,7 @@ def orders(size: int, epochs: int, seed: int = 7) -> np.ndarray:
 # Order ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**64 - 1))
 def test_every_epoch_holds_every_row_once(size, seed):
     loader = Loader(NumberedRows(size), seed=seed)

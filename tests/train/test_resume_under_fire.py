@@ -4,7 +4,7 @@ Its final weights, moments and metrics must be those of a run left in peace, bit
 mixture of two stages, device losses, token dropping, the guard against spikes, which skips some steps.
 
 The full disk is a real one where a tmpfs may be mounted (by root): the run lies on it, and a ballast file takes all but 1 MB, less than a
-checkpoint, then everything. Elsewhere a limit on the size of files (RLIMIT_FSIZE) stands for it: the same writes fail, with EFBIG.
+checkpoint, then all of it. Elsewhere a limit on the size of files (RLIMIT_FSIZE) stands for it: the same writes fail, with EFBIG.
 """
 
 import os
@@ -236,19 +236,27 @@ def wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def pause(process: subprocess.Popen, run: Run, seconds: float, step: int) -> None:
+    """Wait so long; less where the run gets beyond a step, so that it lasts for all kills even if the machine is faster than it was in peace."""
+    end = time.perf_counter() + seconds
+    wait(process, lambda: time.perf_counter() >= end or run.newest() >= step)
+
+
 def wait_for_the_moment(process: subprocess.Popen, run: Run, took: Durations, moments: random.Random, number: int) -> None:
     """Wait for a random moment, by turns aimed at what takes too little time to be hit often by chance."""
     before, seen = run.newest(), run.writing()
     if number % 5 == 0:  # anywhere in start-up
-        time.sleep(moments.uniform(0, took.start_up))
+        pause(process, run, moments.uniform(0, took.start_up), before + 4)
         return
     wait(process, run.has_begun)
-    if number % 5 == 1:  # anywhere in ten steps
-        time.sleep(moments.uniform(0, 10 * took.step))
+    if number % 5 == 1:  # anywhere in the first ten steps
+        step = before + moments.randrange(10)
+        wait(process, lambda: step == before or any(line["step"] >= step for line in run.lines()))
+        pause(process, run, moments.uniform(0, took.step), before + 10)
     elif number % 5 == 2:  # in validation or just after it
         step = (before // VALIDATE_EVERY + moments.randrange(1, 4)) * VALIDATE_EVERY
         wait(process, lambda: any(line["step"] >= step for line in run.lines()))
-        time.sleep(moments.uniform(0, 0.5 * took.step))
+        pause(process, run, moments.uniform(0, 0.5 * took.step), before + 10)
     else:  # while a checkpoint is written or just after it
         wanted = len(seen) + moments.randrange(1, 4)
 
@@ -257,7 +265,7 @@ def wait_for_the_moment(process: subprocess.Popen, run: Run, took: Durations, mo
             return len(seen) >= wanted
 
         wait(process, is_written)
-        time.sleep(moments.uniform(0, took.checkpoint))
+        pause(process, run, moments.uniform(0, 0.6 * took.checkpoint), before + 10)
 
 
 def kill_once(run: Run, took: Durations, moments: random.Random, number: int) -> str:
@@ -282,7 +290,7 @@ def run_out_of_space(run: Run, disk: Disk) -> None:
     assert process.wait() == 143
     assert not run.writing()
     before = run.newest()
-    for room in (1_000_000, 0):
+    for room in (1_000_000, 100):
         lines = run.lines()
         with disk.with_room(room):
             code, messages = run.finish()
