@@ -237,7 +237,7 @@ def wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
 
 
 def pause(process: subprocess.Popen, run: Run, seconds: float, step: int) -> None:
-    """Wait so long; less where the run gets beyond a step, so that it lasts for all kills even if the machine is faster than it was in peace."""
+    """Wait so long, or until the run reaches a step: it must last for all kills on a machine that is faster than it was in peace."""
     end = time.perf_counter() + seconds
     wait(process, lambda: time.perf_counter() >= end or run.newest() >= step)
 
