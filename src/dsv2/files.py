@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -18,6 +19,7 @@ from dsv2.errors import DataError
 # What libraries say on a full disk instead of raising an OSError with ENOSPC: safetensors, numpy's tofile, torch.save.
 _FULL_DISK_TEXTS = re.compile(r"No space left on device|\d+ requested and \d+ written|inline_container\.cc.* unexpected pos")
 
+_AGAIN = "run the same command again; `dsv2 pretrain` goes on with --resume"
 _IN_THE_WAY = (errno.ENAMETOOLONG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -46,7 +48,12 @@ def disk_errors(path: Path) -> Iterator[None]:
             free = shutil.disk_usage(existing_parent(path)).free
             raise DataError(
                 f"the disk is full: could not write {path} ({free / 1e6:.1f} MB free)",
-                hint="free some space and run the same command again; it resumes",
+                hint=f"free some space and {_AGAIN}",
+            ) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise DataError(
+                f"could not write {path}: it would be larger than a file may be here (ulimit -f: {_file_limit()})",
+                hint=f"raise the limit and {_AGAIN}",
             ) from error
         if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
             # the file named may also be one that is read while path is written: say which
@@ -54,6 +61,11 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"could not write {path}: {error.filename or path}: {error.strerror}", hint="choose another path with --out"
             ) from error
         raise
+
+
+def _file_limit() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
 
 
 def existing_parent(path: Path) -> Path:
@@ -73,10 +85,24 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _leftovers(path: Path) -> Iterator[Path]:
-    """Yield the temporary files and folders that killed processes left when they wrote ``path``; one that is being written is locked."""
-    ours = re.compile(re.escape(f".{path.name}.") + r"[^.]+\.tmp")
-    for entry in path.parent.iterdir():
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove the temporary files and folders that killed processes left when they wrote something here.
+
+    Args:
+        folder: holds what was written; it need not exist.
+        names: regular expression of the names under which it was written.
+    """
+    for stale in _leftovers(folder, names) if folder.is_dir() else ():
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path, names: str) -> Iterator[Path]:
+    """Yield what killed processes left when they wrote files or folders of these names; what is being written is locked."""
+    ours = re.compile(rf"\.(?:{names})\.[^.]+\.tmp")
+    for entry in folder.iterdir():
         if ours.fullmatch(entry.name) and not entry.is_symlink():
             with suppress(OSError), _locked(entry):
                 yield entry
@@ -123,8 +149,7 @@ def atomic_file(path: Path, *, clear: bool = True) -> Iterator[Path]:
             raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}", hint="choose another path with --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         if clear:
-            for stale in _leftovers(path):
-                stale.unlink(missing_ok=True)
+            clear_leftovers(path.parent, re.escape(path.name))
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -164,8 +189,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise DataError(f"{path} is a file, and a folder is to be written there", hint="choose another folder with --out")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in _leftovers(path):
-            shutil.rmtree(stale, ignore_errors=True)
+        clear_leftovers(path.parent, re.escape(path.name))
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             with _locked(temporary):

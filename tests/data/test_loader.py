@@ -1,5 +1,6 @@
 import math
 import threading
+import time
 from collections import Counter
 from itertools import islice, permutations
 
@@ -44,6 +45,7 @@ def orders(size: int, epochs: int, seed: int = 7) -> np.ndarray:
 # Order ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**64 - 1))
 def test_every_epoch_holds_every_row_once(size, seed):
     loader = Loader(NumberedRows(size), seed=seed)
@@ -143,22 +145,25 @@ def test_numbers_out_of_range():
         Loader(rows, seed=0, rank=2, world_size=2)
     with pytest.raises(ConfigError, match="seed = -1"):
         Loader(rows, seed=-1)
+    with pytest.raises(ConfigError, match="workers = -1"):
+        Loader(rows, seed=0, workers=-1)
 
 
-# The prefetching thread -------------------------------------------------------------------------------------------------------------------
+# The prefetching threads ------------------------------------------------------------------------------------------------------------------
 
 
 def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("dsv2-loader")]
 
 
-def test_the_thread_ends_with_the_iterator():
-    loader = Loader(NumberedRows(9), seed=0)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_threads_end_with_the_iterator(workers):
+    loader = Loader(NumberedRows(9), seed=0, workers=workers)
     closed, dropped = loader.batches(0, lambda _: 2), loader.batches(0, lambda _: 2)
     assert loader_threads() == []  # nothing runs before the first batch is asked for
     next(closed)
     next(dropped)
-    assert len(loader_threads()) == 2
+    assert 2 <= len(loader_threads()) <= 2 * workers
     closed.close()
     del dropped
     assert loader_threads() == []
@@ -167,16 +172,62 @@ def test_the_thread_ends_with_the_iterator():
     assert loader_threads() == []
 
 
-def test_exceptions_pass_through_when_their_batch_is_due():
+def test_without_workers_there_is_no_thread():
+    iterator = Loader(NumberedRows(9), seed=0, workers=0).batches(0, lambda _: 2)
+    assert [len(batch.tokens) for batch in islice(iterator, 3)] == [2, 2, 2]
+    assert loader_threads() == []
+
+
+class SlowRows(NumberedRows):
+    """Rows that take the longer the lower their number, and notes of what was asked for and by how many at once."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.asked, self.inside, self.most = [], 0, 0
+        self.lock = threading.Lock()
+
+    def row(self, index: int) -> PackedRow:
+        with self.lock:
+            self.asked.append(index)
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        time.sleep(0.004 if index % 5 == 0 else 0.0)
+        with self.lock:
+            self.inside -= 1
+        return super().row(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_number_of_workers_changes_no_batch(workers):
+    rows = SlowRows(50)
+    iterator = Loader(rows, seed=3, workers=workers).batches(7, lambda consumed: 2 if consumed < 31 else 4)
+    batches = [numbers(batch) for batch in islice(iterator, 20)]
+    iterator.close()
+    assert [len(batch) for batch in batches] == [2] * 12 + [4] * 8
+    assert sum(batches, []) == numbers(Loader(NumberedRows(50), seed=3).batch(7, 56))
+    assert rows.most <= max(workers, 1)
+    assert len(rows.asked) <= 56 + 4 * workers  # no more than one batch ahead for each
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("broken", ["sizes", "rows"])
+def test_exceptions_pass_through_when_their_batch_is_due(workers, broken):
+    class BrokenRows(NumberedRows):
+        def row(self, index: int) -> PackedRow:
+            if broken == "rows" and index in bad:
+                raise ConfigError("the data are broken")
+            return super().row(index)
+
     def batch_size(consumed: int) -> int:
-        if consumed >= 4:
+        if broken == "sizes" and consumed >= 4:
             raise ConfigError("the schedule is broken")
         return 2
 
-    iterator = Loader(NumberedRows(9), seed=0).batches(0, batch_size)
-    next(iterator)
-    next(iterator)
-    with pytest.raises(ConfigError, match="the schedule is broken"):
+    loader = Loader(BrokenRows(30), seed=0, workers=workers)
+    bad = loader.row_indices(4, 2)
+    iterator = loader.batches(0, batch_size)
+    assert numbers(next(iterator)) + numbers(next(iterator)) == loader.row_indices(0, 4).tolist()
+    with pytest.raises(ConfigError, match="broken"):
         next(iterator)
     assert loader_threads() == []
     with pytest.raises(StopIteration):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.train import loop
 from dsv2.train.pretrain import PretrainRecipe
@@ -43,6 +45,14 @@ def guarded(**sections: object) -> PretrainRecipe:
 
 def without_times(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "elapsed_s")} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def require_equal(run: Path, peace: Path) -> None:
+    """Same weights, moments and metrics; times apart."""
+    last = latest_checkpoint(peace)
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
+        assert sha256_of(last / name) == sha256_of(run / last.name / name)
+    assert without_times(run) == without_times(peace)
 
 
 @contextmanager

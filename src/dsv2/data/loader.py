@@ -4,8 +4,9 @@ Sample s of a run is row p(s mod N) of the N rows, where p is the permutation of
 stored, so there is nothing to save but one integer: stop anywhere and go on from there, with any batch size and number of ranks.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Int64
@@ -25,20 +26,24 @@ class Loader:
         seed: of the order; 0 to 2**64 - 1.
         rank: which share of every batch this process takes.
         world_size: into how many shares a batch is split.
+        workers: threads that make batches ahead, one batch each; 0: whoever asks for a batch makes it. Batches are the same for any number.
 
     Raises:
         ConfigError: a number is out of range.
     """
 
-    def __init__(self, rows: Rows | Mixture, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rows: Rows | Mixture, *, seed: int, rank: int = 0, world_size: int = 1, workers: int = 1) -> None:
         if not 0 <= seed < 1 << 64:
             raise ConfigError(f"seed = {seed}; it can be 0 to 2**64 - 1")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank = {rank} of world_size = {world_size}; ranks go from 0 to world_size - 1")
+        if workers < 0:
+            raise ConfigError(f"workers = {workers}; it can be 0 or more")
         self.rows = rows
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.workers = workers
 
     def batch(self, consumed_samples: int, batch_size: int) -> Batch:
         """Return this rank's share of the global samples [consumed_samples, consumed_samples + batch_size).
@@ -65,26 +70,40 @@ class Loader:
         epochs, places = np.divmod(np.arange(first_sample, first_sample + num_samples, dtype=np.uint64), np.uint64(len(self.rows)))
         return permute(places, epochs, size=len(self.rows), seed=self.seed).astype(np.int64)
 
-    def batches(self, consumed_samples: int, batch_sizes: Callable[[int], int]) -> Iterator[Batch]:
-        """Yield batches without end; a thread makes the next one while the current one is used.
+    def batches(self, consumed_samples: int, batch_sizes: Callable[[int], int]) -> Generator[Batch]:
+        """Yield batches without end; each worker makes one of the next ones while the current one is used.
 
-        The thread ends with the iterator: when it is closed, dropped, or after an exception, which passes through unchanged.
+        The threads end with the iterator: when it is closed, dropped, or after an exception, which passes through unchanged when its batch
+        is due.
 
         Args:
             consumed_samples: where to begin, counted over all ranks.
-            batch_sizes: consumed samples -> size of the global batch that begins there; called ahead of time, from the thread.
+            batch_sizes: consumed samples -> size of the global batch that begins there; called ahead of time.
         """
-
-        def load(consumed: int) -> tuple[Batch, int]:
-            batch_size = batch_sizes(consumed)
-            return self.batch(consumed, batch_size), consumed + batch_size
-
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsv2-loader") as thread:
-            upcoming = thread.submit(load, consumed_samples)
+        if not self.workers:
             while True:
-                batch, consumed_samples = upcoming.result()
-                upcoming = thread.submit(load, consumed_samples)
-                yield batch
+                batch_size = batch_sizes(consumed_samples)
+                yield self.batch(consumed_samples, batch_size)
+                consumed_samples += batch_size
+        upcoming: deque[Future[Batch]] = deque()
+        known = True  # where the next batch to be submitted begins
+        with ThreadPoolExecutor(max_workers=self.workers, thread_name_prefix="dsv2-loader") as threads:
+            while True:
+                while known and len(upcoming) <= self.workers:
+                    try:
+                        batch_size = batch_sizes(consumed_samples)
+                        upcoming.append(threads.submit(self.batch, consumed_samples, batch_size))
+                        consumed_samples += batch_size
+                    except Exception as error:
+                        upcoming.append(_failed(error))
+                        known = False
+                yield upcoming.popleft().result()
+
+
+def _failed(error: Exception) -> Future[Batch]:
+    future: Future[Batch] = Future()
+    future.set_exception(error)
+    return future
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:

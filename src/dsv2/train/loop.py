@@ -7,6 +7,7 @@ equal but for the times.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from dsv2.train.step import StepResult, TrainingDiverged, train_step
 from dsv2.train.validation import DomainLoss
 
 Sample = tuple[str, str]  # prompt, text that followed
+MAY_CHANGE = ("loader_workers", "profile_steps")  # of RunSection, when a run is resumed: no weight or metric depends on them
 
 
 class RunSection(Section):
@@ -51,6 +53,7 @@ class RunSection(Section):
     )
     recompute: bool = Field(default=False, description="compute blocks again in the backward pass: less memory, same gradients")
     deterministic: bool = Field(default=True, description="refuse operations that may not repeat bit for bit")
+    loader_workers: int = Field(default=1, ge=0, description="threads that make batches ahead, one batch each; 0: none; same results")
     profile_steps: int = Field(default=0, ge=0, description="steps to profile, from this process's third on; trace.json and a table")
     validate_every: int = Field(default=100, gt=0, description="steps between validations")
     sample_every: int = Field(default=100, gt=0, description="steps between samples, where the stage draws any")
@@ -135,10 +138,11 @@ def train(
     elapsed, seq_len = (start.elapsed_s if start else 0.0), plan.run.seq_len
     guard = GuardState.from_json(start.guard) if start else GuardState()
     sizes = dict(steps)
-    batches = (
-        loader.batches(steps[first][0], lambda consumed: sizes.get(consumed, plan.batch.sequences)) if first < len(steps) else iter(())
-    )
-    with bar(len(steps), "training", unit="steps", done=first) as progress, profiled(plan.run.profile_steps, folder) as step_done:
+    with (
+        closing(loader.batches(expected, lambda consumed: sizes.get(consumed, plan.batch.sequences))) as batches,
+        bar(len(steps), "training", unit="steps", done=first) as progress,
+        profiled(plan.run.profile_steps, folder) as step_done,
+    ):
         for step, (consumed, size) in enumerate(steps[first:], start=first + 1):
             began = time.perf_counter()
             tokens = consumed * seq_len

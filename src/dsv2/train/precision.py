@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from dsv2.errors import ConfigError
+from dsv2.errors import ConfigError, DataError
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
@@ -30,13 +30,13 @@ def make_deterministic(threads: int | None = None) -> int:
 
     Raises:
         ConfigError: fewer than one thread.
+        DataError: there is no room for temporary files.
     """
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads = {threads} must be at least 1")
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice
+    _set_deterministic(True)
     return torch.get_num_threads()
 
 
@@ -45,8 +45,20 @@ def require_determinism(wanted: bool) -> None:
 
     On a CPU every operation of training repeats, given the number of threads. On CUDA cuBLAS needs a fixed workspace, which it reads from
     the environment when it is first used.
+
+    Raises:
+        DataError: there is no room for temporary files.
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    _set_deterministic(wanted)
+
+
+def _set_deterministic(wanted: bool) -> None:
+    try:
+        torch.use_deterministic_algorithms(wanted)  # the first call loads torch's compiler, which looks for a place for its cache
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no temporary file can be written: {error.strerror}", hint="free some space, or name a folder that may be written in TMPDIR"
+        ) from error
     torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write every buffer twice

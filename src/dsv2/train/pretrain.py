@@ -23,7 +23,7 @@ from dsv2.data.mixture import Mixture, MixtureRules
 from dsv2.data.packing import Rows
 from dsv2.data.shards import TokenShards
 from dsv2.errors import ConfigError, DataError
-from dsv2.files import atomic_write, atomic_write_json
+from dsv2.files import atomic_write, atomic_write_json, clear_leftovers
 from dsv2.model.accounting import cache_elements_per_token, count_parameters
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
@@ -32,7 +32,7 @@ from dsv2.progress import MetricsLog, console, table
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.dropping import DroppingSection
 from dsv2.train.guard import GuardSection
-from dsv2.train.loop import LoopPlan, RunSection, Sample, resume_from, train
+from dsv2.train.loop import MAY_CHANGE, LoopPlan, RunSection, Sample, resume_from, train
 from dsv2.train.losses import BalanceSection
 from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import AdamWSection, make_optimizer
@@ -42,6 +42,7 @@ from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
 
 RECIPE, PLAN = "recipe.toml", "plan.json"
+_WRITTEN = r"recipe\.toml|plan\.json|metrics\.jsonl|step-\d+|diverged-step-\d+\.npz"  # what a killed run may have been writing
 PAPER_DEVIATION, PAPER_WIDTH = 0.006, 5120  # of V2's initial values, and its hidden size (section 3.1.2)
 
 
@@ -188,10 +189,11 @@ def pretrain(
         begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer)
+    clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     _begin(recipe, corpus, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
-    loader = Loader(rows, seed=recipe.run.seed)
+    loader = Loader(rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
     try:
         train(
@@ -258,7 +260,7 @@ def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.de
         return settled
     began = load_recipe(str(out / RECIPE), PretrainRecipe, folder="pretrain")
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
-    changed = _differences(began.model_dump(), _same(wanted, began, "profile_steps").model_dump())
+    changed = _differences(began.model_dump(), _same(wanted, began, *MAY_CHANGE).model_dump())
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
@@ -274,7 +276,7 @@ def _settled(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.de
     if plan["threads"] != torch.get_num_threads():
         console().print(f"going on with {plan['threads']} threads, as the run began: sums depend on their number", markup=False)
         torch.set_num_threads(plan["threads"])
-    return _same(began, settled, "profile_steps")
+    return _same(began, settled, *MAY_CHANGE)
 
 
 def _begin(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device, start_hash: str | None) -> None:
@@ -285,9 +287,9 @@ def _begin(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.devi
         atomic_write(out / RECIPE, dump_toml(recipe))
 
 
-def _same(recipe: PretrainRecipe, other: PretrainRecipe, name: str) -> PretrainRecipe:
-    """Return the recipe with ``run.name`` of another."""
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={name: getattr(other.run, name)})})
+def _same(recipe: PretrainRecipe, other: PretrainRecipe, *names: str) -> PretrainRecipe:
+    """Return the recipe with these fields of another's ``run``."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={name: getattr(other.run, name) for name in names})})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
