@@ -66,9 +66,7 @@ def layer_curves(lines: Sequence[Line], *, dots: bool = False) -> tuple[Curve, .
 
 def which_layers(layers: int) -> str:
     """Say what the curves of ``layer_curves`` are."""
-    return (
-        "A line for each MoE layer." if layers <= MOST_LAYERS else f"Highest, median and lowest of the {layers} MoE layers at each point."
-    )
+    return "A line for each MoE layer." if layers <= MOST_LAYERS else f"Highest, median and lowest value of the {layers} MoE layers."
 
 
 def load_sections(record: Record) -> list[Section]:

@@ -12,7 +12,7 @@ from dsv2.report.balance import DIVERGENCE, EVEN, specialisation
 from dsv2.report.curves import Chart, Curve, charts, style
 from dsv2.report.drawing import Line, count
 from dsv2.report.learning import TIMES
-from dsv2.report.page import ChapterSection, FigureSection, Section, TableSection, duration
+from dsv2.report.page import ChapterSection, FigureSection, Section, TableSection, TextSection, duration
 from dsv2.report.record import Record, domain_name, in_order, over_layers
 
 LOSS_ROWS = 5  # of END_ROWS; bits per byte follow them
@@ -108,23 +108,19 @@ def overall(record: Record, key: str, reduce: Any) -> Line | None:
 
 
 def differences_section(records: Sequence[Record]) -> list[Section]:
-    """Return the recipe's keys whose values differ between the runs; nothing where no run has a recipe."""
+    """Return the settings whose values differ between the runs that recorded any; nothing where fewer than two did."""
     known = [record for record in records if record.settings]
-    if not known:
+    if len(known) < 2:
         return []
     keys = dict.fromkeys(key for record in known for key in record.settings)
-    rows = tuple((key, *values) for key in keys if len(set(values := settings_of(records, key))) > 1)
-    missing = [record.name for record in records if not record.settings]
-    note = "" if not missing else f"No recipe.toml: {', '.join(missing)}. "
+    cells = {key: [ABSENT if record.settings.get(key) is None else str(record.settings[key]) for record in known] for key in keys}
+    rows = tuple((key, *values) for key, values in cells.items() if len(set(values)) > 1)
+    missing = ", ".join(record.name for record in records if not record.settings)
+    note = f"Without a recipe.toml: {missing}. " if missing else ""
     if not rows:
-        return [TableSection("What differs", (), (("recipes", "equal in every key; same data, device and threads"),), note.strip())]
+        return [TextSection("What differs", (f"{note}The recipes are equal in all {len(keys)} keys; same data, same device.",))]
     note += f"Keys of recipe.toml and plan.json whose values differ; {len(keys) - len(rows)} are equal. {ABSENT}: not set."
-    return [TableSection("What differs", ("key", *(record.name for record in records)), rows, note, runs=True)]
-
-
-def settings_of(records: Sequence[Record], key: str) -> tuple[str, ...]:
-    """Return a setting of each run in words."""
-    return tuple(ABSENT if record.settings.get(key) is None else str(record.settings[key]) for record in records)
+    return [TableSection("What differs", ("", *(record.name for record in known)), rows, note, runs=True)]
 
 
 def learning_sections(records: Sequence[Record], key: Key) -> list[Section]:

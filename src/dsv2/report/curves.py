@@ -8,6 +8,7 @@ from dsv2.report.drawing import DASHES, GREY, HUES, LETTER, SOFT, Line, count, d
 
 POINTS = 120  # of a smoothed curve
 RAW_POINTS = 1200  # of the thin curve behind it
+UNEQUAL = 20.0  # times longer than the shortest line is the longest where the axis becomes logarithmic
 EARLY = 0.04  # share of a run whose values do not set the height of a chart
 
 
@@ -101,19 +102,16 @@ def charts(rows: Sequence[Chart], *, height: float = 1.9, timed: bool = False, o
     seconds = max((curve.line.times[-1] for chart in rows for curve in chart.curves if curve.line.times), default=0.0)
     if timed and seconds > 0:
         columns.append(time_axis(seconds))
-        seconds *= columns[-1].second
     longest = max((len(end_label(chart, curve)) for chart in rows for curve in chart.curves if curve.named), default=0)
     levels = [len(chart.level[1]) for chart in rows if chart.level]
     with drawing(height, rows=len(rows), columns=len(columns), right=min(2.4, 0.2 + LETTER * max([longest, *levels]))) as (axes, result):
-        ends = [max(curve.line.x[-1] for chart in rows for curve in chart.curves), seconds]
-        starts = [min(1.0, ends[0]) if over is LAYERS else 0.0, 0.0]
         for row, chart in enumerate(rows):
             for place, horizontal in enumerate(columns):
                 panel = axes[row][place]
-                prepare(panel, horizontal, starts[place], ends[place], labelled=row == len(rows) - 1)
+                prepare(panel, horizontal, [curve.line for chart in rows for curve in chart.curves], labelled=row == len(rows) - 1)
                 draw_curves(panel, chart, horizontal)
             axes[row][0].set_title(chart.title)
-            scale(axes[row][0], chart, ends[0])
+            scale(axes[row][0], chart)
         axes[0][0].figure.canvas.draw()  # the places of the labels need the final scales
         for row, chart in enumerate(rows):
             name_ends(axes[row][-1], chart, columns[-1])
@@ -126,18 +124,33 @@ def time_axis(seconds: float) -> Horizontal:
     return Horizontal(f"training time, {unit}", second=1 / size)
 
 
-def prepare(panel: Any, horizontal: Horizontal, start: float, end: float, *, labelled: bool) -> None:
-    """Set up the horizontal axis of a panel; ticks of the lowest row are labelled."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def places(line: Line, horizontal: Horizontal) -> tuple[float, ...]:
+    """Return where a line's points lie on an axis; nowhere if it has no times and the axis is of time."""
+    return tuple(time * horizontal.second for time in line.times) if horizontal.second else line.x
 
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=horizontal is LAYERS))
-    ticks = horizontal.ticks
-    if ticks is not None:
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks(value)))
+
+def prepare(panel: Any, horizontal: Horizontal, lines: Sequence[Line], *, labelled: bool) -> None:
+    """Set up the horizontal axis of a panel for all lines of the figure; ticks of the lowest row are labelled.
+
+    Lines of very unequal length, as runs of different sizes have, get a logarithmic axis.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    spans = [span for line in lines if (span := places(line, horizontal))]
+    first, last = min(span[0] for span in spans), max(span[-1] for span in spans)
+    if first > 0 and last > UNEQUAL * min(span[-1] for span in spans):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(numticks=5))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlim(first, last * 1.05)
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=horizontal is LAYERS))
+        margin = 0.15 if horizontal is LAYERS else 0.0
+        panel.set_xlim((first if horizontal is LAYERS else 0.0) - margin, last * 1.01 + margin)
+    ticks = horizontal.ticks or "{:g}".format
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks(value)))
     panel.grid(False, axis="x")
     panel.spines["left"].set_visible(False)
-    margin = 0.15 if horizontal is LAYERS else 0.0
-    panel.set_xlim(start - margin, end * 1.01 + margin)
     panel.tick_params(labelbottom=labelled)
     if labelled:
         panel.set_xlabel(horizontal.label)
@@ -147,10 +160,9 @@ def draw_curves(panel: Any, chart: Chart, horizontal: Horizontal) -> None:
     """Draw what a chart holds into one panel."""
     for curve in chart.curves:
         line = curve.line
-        if horizontal.second:
-            if not line.times:
-                continue
-            line = Line(line.name, tuple(time * horizontal.second for time in line.times), line.y)
+        if not places(line, horizontal):
+            continue
+        line = Line(line.name, places(line, horizontal), line.y)
         if curve.raw:
             panel.plot(*thin(line, RAW_POINTS), color=GREY, linewidth=0.7, alpha=0.5)
         x, y = (line.x, line.y) if curve.dots else smooth(line, POINTS)
@@ -165,13 +177,13 @@ def draw_curves(panel: Any, chart: Chart, horizontal: Horizontal) -> None:
         )  # fmt: skip
 
 
-def scale(panel: Any, chart: Chart, end: float) -> None:
+def scale(panel: Any, chart: Chart) -> None:
     """Set the vertical scale of a row from its values."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    points = [(x, y) for curve in chart.curves for x, y in zip(*shown_points(curve), strict=True)]
-    late = [y for x, y in points if x >= EARLY * end] or [y for _, y in points]
-    values = (late if chart.cut else [y for _, y in points]) + ([chart.level[0]] if chart.level else [])
+    points = [(x >= EARLY * curve.line.x[-1], y) for curve in chart.curves for x, y in zip(*shown_points(curve), strict=True)]
+    late = [y for is_late, y in points if is_late or not chart.cut]
+    values = late + ([chart.level[0]] if chart.level else [])
     low, high = min(values), max(values)
     if chart.log and low > 0 and high > 8 * low:
         panel.set_yscale("log")
@@ -208,16 +220,16 @@ def name_ends(panel: Any, chart: Chart, horizontal: Horizontal) -> None:
     labels = [
         (last_value(curve), end_label(chart, curve), curve.colour)
         for curve in chart.curves
-        if curve.named and (curve.line.times or not horizontal.second)
+        if curve.named and places(curve.line, horizontal)
     ]
     if chart.level is not None and chart.level[1]:
         labels.append((chart.level[0], chart.level[1], SOFT))
     to_fraction = panel.transAxes.inverted().transform
     ordered = sorted((min(1.0, max(0.0, float(to_fraction(panel.transData.transform((1.0, value)))[1]))), n, c) for value, n, c in labels)
     height = panel.get_position().height * panel.figure.get_figheight() * 72
-    places = spread([fraction for fraction, _, _ in ordered], 12 / height)
-    lift = max(0.0, -min(places, default=0.0))  # below the axis lie the labels of its ticks
-    for place, (_, name, colour) in zip(places, ordered, strict=True):
+    heights = spread([fraction for fraction, _, _ in ordered], 12 / height)
+    lift = max(0.0, -min(heights, default=0.0))  # below the axis lie the labels of its ticks
+    for place, (_, name, colour) in zip(heights, ordered, strict=True):
         panel.annotate(
             name, (1, place + lift), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points", va="center", color=colour,
             annotation_clip=False,

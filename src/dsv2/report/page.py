@@ -209,7 +209,8 @@ def render_table(section: TableSection) -> str:
         rows.append(f"<tr>{first}{''.join(f'<td{kind[i]}>{escape(cell)}</td>' for i, cell in enumerate(row) if i)}</tr>")
     note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
     thead = f"<thead><tr>{head}</tr></thead>" if section.columns else ""
-    return f'<div class="scroll"><table>{thead}<tbody>{"".join(rows)}</tbody></table></div>{note}'
+    runs = ' class="runs"' if section.runs else ""
+    return f'<div class="scroll"><table{runs}>{thead}<tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
 def render_sample(sample: Sample) -> str:
