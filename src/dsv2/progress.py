@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LINE_INTERVAL_S = 10.0  # between two plain progress lines where stderr is no terminal
-WIDEST_CHARTED = 16  # numbers a layer that TensorBoard gets a curve each of; thousands of curves nobody looks at
+WIDEST_CHARTED = 8  # numbers a layer, such as loads of devices, that TensorBoard gets a curve each of; of more, nobody looks at them
 PIPE_WIDTH = 100  # of a table on stdout that is no terminal, in characters
 
 

@@ -129,13 +129,13 @@ def sections_of(record: Record, baselines: Mapping[str, Mapping[str, float]], *,
             "How well the model predicts text, and how it came to.",
             [*predicts_section(record, baselines), loss_section(record), *bits_per_byte_section(record)],
         ),
+        ("Text", "", sample_section(record)),
         ("Steps", "What the optimiser did.", [*optimiser_section(record), *spikes_section(record)]),
         (
             "Routing",
             "Every MoE layer sends a token to a few of its experts. Balanced, all of them learn; specialised, they learn different things.",
             [*load_sections(record), *device_sections(record), *domain_sections(record)],
         ),
-        ("Text", "", sample_section(record)),
         ("Recipe", "", settings_section(record) if settings else []),
     ]
     return [section for title, text, sections in chapters if sections for section in (ChapterSection(title, text), *sections)]
