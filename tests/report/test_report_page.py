@@ -33,7 +33,7 @@ from dsv2.report.learning import evenly
 from dsv2.report.page import duration
 
 EVIL = '<script>alert("1")</script> & </blockquote>'
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):

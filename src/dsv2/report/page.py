@@ -205,8 +205,10 @@ def render_table(section: TableSection) -> str:
     head = "".join(f"<th{kind[i] if i < width else ''}>{escape(name)}</th>" for i, name in enumerate(section.columns))
     rows = []
     for row in section.rows:
-        first = f'<th scope="row">{escape(row[0])}</th>' if row else ""
-        rows.append(f"<tr>{first}{''.join(f'<td{kind[i]}>{escape(cell)}</td>' for i, cell in enumerate(row) if i)}</tr>")
+        # A long name in a narrow column may break after an underscore or a point between letters.
+        cells = [re.sub(r"(?<=[a-z])([_.])(?=[a-z])", r"\1<wbr>", escape(cell)) if section.runs else escape(cell) for cell in row]
+        first = f'<th scope="row">{cells[0]}</th>' if row else ""
+        rows.append(f"<tr>{first}{''.join(f'<td{kind[i]}>{cell}</td>' for i, cell in enumerate(cells) if i)}</tr>")
     note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
     thead = f"<thead><tr>{head}</tr></thead>" if section.columns else ""
     runs = ' class="runs"' if section.runs else ""
