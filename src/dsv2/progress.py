@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LINE_INTERVAL_S = 10.0  # between two plain progress lines where stderr is no terminal
+WIDEST_CHARTED = 8  # numbers a layer, such as loads of devices, that TensorBoard gets a curve each of; of more, nobody looks at them
 PIPE_WIDTH = 100  # of a table on stdout that is no terminal, in characters
 
 
@@ -244,7 +245,8 @@ class MetricsLog:
 
     Args:
         path: the file, made when the first line is written.
-        tensorboard: write the numbers to a folder ``tensorboard`` beside it as well.
+        tensorboard: write numbers and texts to a folder ``tensorboard`` beside it as well, each under kind, name and what it is of:
+            ``train/loss``, ``validation/bits_per_byte/en``, ``train/router/entropy/layer_2``.
 
     Raises:
         MissingExtra: ``tensorboard`` is wanted and not installed.
@@ -267,7 +269,7 @@ class MetricsLog:
         Args:
             step: optimiser steps done.
             kind: what the line holds, such as "train", "validation" or "sample".
-            **values: plain Python: numbers, texts, lists and dicts of them.
+            **values: plain Python: numbers, texts, dicts of them, and lists: a number, or a list of numbers, for each layer.
 
         Raises:
             DataError: the disk is full or may not be written.
@@ -310,12 +312,26 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self._purge_step)
-        for name, value in values.items():
+        for tag, value in _tagged(kind, values):
             if isinstance(value, str):
-                self._writer.add_text(f"{kind}/{name}", value, step)
-            for label, number in {"": value}.items() if not isinstance(value, dict) else value.items():
-                if isinstance(number, int | float):
-                    self._writer.add_scalar(f"{kind}/{name}/{label}".rstrip("/"), number, step)
+                self._writer.add_text(tag, value, step)
+            else:
+                self._writer.add_scalar(tag, value, step)
+
+
+def _tagged(tag: str, value: Any) -> Iterator[tuple[str, float | str]]:
+    """Yield every number and text in a value under its TensorBoard tag: ``train/loss``, ``train/router/entropy/layer_2``."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _tagged(f"{tag}/{name}", item)
+    elif isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            if not isinstance(item, list):
+                yield from _tagged(f"{tag}/layer_{number}", item)
+            elif len(item) <= WIDEST_CHARTED:
+                yield from ((f"{tag}/layer_{number}/{place}", entry) for place, entry in enumerate(item))
+    elif isinstance(value, int | float | str):
+        yield tag, value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -102,17 +102,24 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
-    log.write(1, "train", loss=3.0, load=[[1.0]])
+    log.write(1, "train", loss=3.0, load=[[1.0 / 9] * 9], skipped=True)  # too wide a table for a curve each
     log.write(2, "train", loss=9.0)
     log.cut_back(1)
-    log.write(2, "train", loss=2.0)
+    log.write(2, "train", loss=2.0, router={"entropy": [0.5, 0.75], "device_load": [[0.25, 0.75]]})
+    log.write(2, "sample", text="It was")
     log.write(2, "validation", bits_per_byte={"en": 1.5})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
         "train/loss": [(1, 3.0), (2, 2.0)],
+        "train/skipped": [(1, 1.0)],
+        "train/router/entropy/layer_1": [(2, 0.5)],
+        "train/router/entropy/layer_2": [(2, 0.75)],
+        "train/router/device_load/layer_1/0": [(2, 0.25)],
+        "train/router/device_load/layer_1/1": [(2, 0.75)],
         "validation/bits_per_byte/en": [(2, 1.5)],
     }
+    assert events.Tags()["tensors"] == ["sample/text/text_summary"]
 
 
 def test_tensorboard_without_its_package_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_figures():
     figures = load.metrics(2)
     assert figures == {
         "max_over_mean": [2.0], "entropy": [round(1.5 * math.log(2) / math.log(4), 5)], "dead_experts": [1],
-        "device_load": [[0.75, 0.25]], "sends_per_token": [1.5], "dropped": [2], "computed_max": [1.0],
+        "device_load": [[0.75, 0.25]], "sends_per_token": [1.5], "dropped": [2], "dropped_share": [0.25], "computed_max": [1.0],
     }  # fmt: skip
     plain = router_load([stats_of(experts, 4)], 1)
     assert plain is not None and set(plain.metrics(1)) == {"max_over_mean", "entropy", "dead_experts"}
@@ -58,5 +58,6 @@ def test_even_and_collapsed_routing_are_the_two_ends():
     assert even.metrics(4)["entropy"] == [1.0] and even.metrics(4)["max_over_mean"] == [1.0]
     assert collapsed.metrics(4)["entropy"] == [0.0] and collapsed.metrics(4)["max_over_mean"] == [8.0]
     assert collapsed.metrics(4)["dead_experts"] == [7]
+    assert (even.max_over_mean, collapsed.max_over_mean) == (1.0, 8.0)
     assert router_load([], 1) is None
     assert collapsed.shares[0].tolist() == pytest.approx([1.0] + [0.0] * 7)

@@ -1,10 +1,12 @@
 """Reports: from the metrics of runs to one HTML file that needs nothing else, no network, no script.
 
-``page.py`` lays sections out as HTML, ``figures.py`` draws (matplotlib, loaded only when a figure is drawn), ``runs.py`` reads a run's
-metrics and is the stage of ``dsv2 report``.
+``record.py`` reads what a run left, ``drawing.py``, ``curves.py`` and ``heat.py`` draw (matplotlib, loaded only when a figure is drawn),
+``learning.py`` and ``balance.py`` are the sections of one run, ``compare.py`` those of several, ``page.py`` lays sections out as HTML, and
+``runs.py`` is the stage of ``dsv2 report``.
 """
 
 from dsv2.report.page import (
+    ChapterSection,
     CommandSection,
     FigureSection,
     Leg,
@@ -19,6 +21,7 @@ from dsv2.report.page import (
 from dsv2.report.runs import run, run_sections, write_tour_report
 
 __all__ = [
+    "ChapterSection",
     "CommandSection",
     "FigureSection",
     "Leg",

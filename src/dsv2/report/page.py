@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dsv2.files import atomic_write
 
+STROKES = ("solid", "dashed", "dotted")  # as drawing.py dashes the seventh run and the thirteenth on
+
 
 @dataclass(frozen=True, slots=True)
 class TextSection:
@@ -19,27 +21,42 @@ class TextSection:
 
 
 @dataclass(frozen=True, slots=True)
+class ChapterSection:
+    """A heading over the sections that follow, with a sentence on what they show; the contents are grouped by it."""
+
+    title: str
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TableSection:
-    """A table of plain text; columns of numbers are set to the right. Without column names the first column is the heading of its row."""
+    """A table of plain text; columns of numbers are set to the right. Without column names the first column is the heading of its row.
+
+    A folded one is opened by a click on its title; in one of ``runs`` every column but the first is set to the right.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    folded: bool = False
+    runs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class FigureSection:
-    """A drawing of ``figures.py``.
+    """A drawing of ``curves.py`` or ``heat.py``.
 
     Args:
         svg: trusted markup, set into the page as it is; the only field of any section that is not escaped.
-        caption: what to see in it; also what a screen reader says.
+        caption: what to see in it and how to read it; also what a screen reader says.
+        key: (name, number) of the runs in it, whose colours and dashes go by the number.
     """
 
     title: str
     svg: str
     caption: str
+    key: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +102,7 @@ class CommandSection:
     commands: tuple[tuple[str, str], ...]
 
 
-Section = TextSection | TableSection | FigureSection | SampleSection | LegSection | CommandSection
+Section = ChapterSection | TextSection | TableSection | FigureSection | SampleSection | LegSection | CommandSection
 
 
 def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], sections: Sequence[Section], subtitle: str = "") -> None:
@@ -103,8 +120,8 @@ def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], s
     """
     style = (files("dsv2.report") / "style.css").read_text(encoding="utf8")
     cards = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for label, value in summary)
-    body = "\n".join(render(section, number) for number, section in enumerate(sections))
-    links = "".join(f'<a href="#s{number}">{escape(section.title)}</a>' for number, section in enumerate(sections))
+    level = 3 if any(isinstance(section, ChapterSection) for section in sections) else 2
+    body = "\n".join(render(section, number, level) for number, section in enumerate(sections))
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -121,7 +138,7 @@ def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], s
 <h1>{escape(title)}</h1>
 {f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""}
 <dl class="cards">{cards}</dl>
-<nav>{links}</nav>
+<nav>{render_contents(sections)}</nav>
 </header>
 {body}
 <footer>Written by <code>dsv2</code>. This file is complete: it loads nothing.</footer>
@@ -132,16 +149,31 @@ def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], s
     atomic_write(out, page)
 
 
-def render(section: Section, number: int) -> str:
-    """Return the HTML of one section; ``number`` makes its anchor."""
+def render_contents(sections: Sequence[Section]) -> str:
+    """Return links to the sections, a row for each chapter."""
+    rows: list[list[str]] = [[]]
+    for number, section in enumerate(sections):
+        chapter = isinstance(section, ChapterSection)
+        if chapter:
+            rows.append([])
+        kind = ' class="chapter"' if chapter else ""
+        rows[-1].append(f'<a{kind} href="#s{number}">{escape(section.title)}</a>')
+    return "".join(f"<div>{''.join(row)}</div>" for row in rows if row)
+
+
+def render(section: Section, number: int, level: int) -> str:
+    """Return the HTML of one section; ``number`` makes its anchor, ``level`` is that of its heading below a chapter's."""
     match section:
+        case ChapterSection(title=title, text=text):
+            told = f'<p class="note">{escape(text)}</p>' if text else ""
+            return f'<div class="chapter" id="s{number}">\n<h2>{escape(title)}</h2>\n{told}\n</div>'
         case TextSection(paragraphs=paragraphs):
             inner = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
         case TableSection():
             inner = render_table(section)
-        case FigureSection(svg=svg, caption=caption):
+        case FigureSection(svg=svg, caption=caption, key=key):
             inner = (
-                f'<figure><div class="scroll" role="img" aria-label="{escape(caption)}">{svg}</div>'
+                f'<figure>{render_key(key)}<div class="scroll" role="img" aria-label="{escape(caption)}">{svg}</div>'
                 f"<figcaption>{escape(caption)}</figcaption></figure>"
             )
         case SampleSection(samples=samples, note=note):
@@ -150,7 +182,17 @@ def render(section: Section, number: int) -> str:
             inner = render_legs(legs)
         case CommandSection(commands=commands):
             inner = "".join(f"<p>{escape(purpose)}</p><pre><code>{escape(command)}</code></pre>" for command, purpose in commands)
-    return f'<section id="s{number}">\n<h2>{escape(section.title)}</h2>\n{inner}\n</section>'
+    heading = f"<h{level}>{escape(section.title)}</h{level}>"
+    if isinstance(section, TableSection) and section.folded:
+        return f'<section id="s{number}">\n<details><summary>{heading}</summary>\n{inner}\n</details>\n</section>'
+    return f'<section id="s{number}">\n{heading}\n{inner}\n</section>'
+
+
+def render_key(key: Sequence[tuple[str, int]]) -> str:
+    """Return the names of runs beside strokes of their colours and dashes."""
+    stroke = '<i style="border-top:2.5px {} var(--c{})"></i>'
+    strokes = "".join(f"<span>{stroke.format(STROKES[number // 6 % 3], number % 6 + 1)}{escape(name)}</span>" for name, number in key)
+    return f'<div class="key">{strokes}</div>' if key else ""
 
 
 def render_table(section: TableSection) -> str:
@@ -159,15 +201,18 @@ def render_table(section: TableSection) -> str:
     is_number = [
         all(re.match(r"[-+~]?\d|[-\u2013]?$", row[column]) for row in section.rows if column < len(row)) for column in range(width)
     ]
-    kind = [' class="number"' if number else "" for number in is_number]
+    kind = ["", *(' class="number"' if number else ' class="right"' if section.runs else "" for number in is_number[1:])]
     head = "".join(f"<th{kind[i] if i < width else ''}>{escape(name)}</th>" for i, name in enumerate(section.columns))
     rows = []
     for row in section.rows:
-        first = f'<th scope="row">{escape(row[0])}</th>' if row else ""
-        rows.append(f"<tr>{first}{''.join(f'<td{kind[i]}>{escape(cell)}</td>' for i, cell in enumerate(row) if i)}</tr>")
+        # A long name in a narrow column may break after an underscore or a point between letters.
+        cells = [re.sub(r"(?<=[a-z])([_.])(?=[a-z])", r"\1<wbr>", escape(cell)) if section.runs else escape(cell) for cell in row]
+        first = f'<th scope="row">{cells[0]}</th>' if row else ""
+        rows.append(f"<tr>{first}{''.join(f'<td{kind[i]}>{cell}</td>' for i, cell in enumerate(cells) if i)}</tr>")
     note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
     thead = f"<thead><tr>{head}</tr></thead>" if section.columns else ""
-    return f'<div class="scroll"><table>{thead}<tbody>{"".join(rows)}</tbody></table></div>{note}'
+    runs = ' class="runs"' if section.runs else ""
+    return f'<div class="scroll"><table{runs}>{thead}<tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
 def render_sample(sample: Sample) -> str:

@@ -1,17 +1,25 @@
-"""From run folders to reports: read the metrics, build the sections, write the page; stage of ``dsv2 report``."""
+"""From run folders to reports: choose the sections, write the page; stage of ``dsv2 report``."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from dsv2.errors import DataError
-from dsv2.progress import console, read_metrics
-from dsv2.report import figures
-from dsv2.report.figures import Line, count
+from dsv2.progress import console
+from dsv2.report.balance import device_sections, domain_sections, load_sections
+from dsv2.report.compare import comparison_sections, late, overall
+from dsv2.report.drawing import count
+from dsv2.report.learning import (
+    bits_per_byte_section,
+    loss_section,
+    optimiser_section,
+    predicts_section,
+    sample_section,
+    settings_section,
+    spikes_section,
+)
 from dsv2.report.page import (
+    ChapterSection,
     CommandSection,
-    FigureSection,
     Leg,
     LegSection,
     Sample,
@@ -21,29 +29,23 @@ from dsv2.report.page import (
     duration,
     write_report,
 )
-
-DOMAIN_NAMES = {"en": "English", "zh": "Chinese", "code": "Code", "math": "Maths"}
-MOST_SAMPLES = 6  # steps shown of a run that sampled more often
-MAP_STEPS = 20  # training lines averaged for the load map
-
-Metrics = list[dict[str, Any]]
+from dsv2.report.record import Record, domain_name, in_order, load_record, load_records
 
 
 def run(runs: list[Path], out: Path) -> None:
     """Write a report of one run, or a comparison of several.
 
     Args:
-        runs: folders with a metrics.jsonl.
+        runs: folders with a metrics.jsonl; recipe.toml and plan.json beside it are read where they are.
         out: the HTML file.
 
     Raises:
         DataError: a folder without metrics, or without a training step.
     """
     if len(runs) == 1:
-        metrics = load_metrics(runs[0])
-        baselines = recorded_baselines(metrics)
-        title = f"Run {runs[0].resolve().name}"
-        write_report(out, title=title, summary=summary_cards(metrics, baselines), sections=sections_of(metrics, baselines))
+        record = load_record(runs[0])
+        cards = [*summary_cards(record, record.baselines), *step_cards(record)]
+        write_report(out, title=f"Run {record.name}", summary=cards, sections=sections_of(record, record.baselines))
     else:
         compare(runs, out)
     console().print(f"wrote {out}", markup=False, soft_wrap=True)
@@ -51,12 +53,12 @@ def run(runs: list[Path], out: Path) -> None:
 
 def compare(runs: Sequence[Path], out: Path) -> None:
     """Write a report that sets several runs beside each other."""
-    names = run_names(runs)
+    records = load_records(runs)
     write_report(
         out,
-        title=f"{len(runs)} runs compared",
-        summary=[("runs", str(len(runs))), ("best English, bits per byte", best_english(names))],
-        sections=comparison_sections(names),
+        title=f"{len(records)} runs compared",
+        summary=[("runs", str(len(records))), *best_cards(records)],
+        sections=comparison_sections(records),
     )
 
 
@@ -84,13 +86,12 @@ def write_tour_report(
         samples: what the finished model wrote.
         next_commands: (command, what it does).
 
-    Raises:
-        DataError: the run has no metrics.
     """
-    metrics = load_metrics(run_folder)
-    baselines = recorded_baselines(metrics) | dict(baselines or {})
+    record = load_record(run_folder)
+    baselines = record.baselines | dict(baselines or {})
     sections: list[Section] = [
-        *sections_of(metrics, baselines),
+        *sections_of(record, baselines, settings=False),
+        ChapterSection("The tour"),
         *([SampleSection("What the finished model writes", tuple(samples))] if samples else []),
         TableSection("The plan", (), tuple(plan)),
         LegSection("Where the time went", tuple(legs)),
@@ -101,13 +102,13 @@ def write_tour_report(
         out,
         title="A DeepSeek-V2, from text to talk",
         subtitle="What dsv2 tour did on this machine: text, tokenizer, shards, pre-training, validation, samples.",
-        summary=[*summary_cards(metrics, baselines), *summary],
+        summary=[*summary_cards(record, baselines), *summary],
         sections=sections,
     )
 
 
 def run_sections(run_folder: Path, *, baselines: Mapping[str, Mapping[str, float]] | None = None) -> list[Section]:
-    """Build the sections that a run's metrics give: loss, bits per byte, expert load, samples; those without data are left out.
+    """Build the sections that a run's metrics give: what it learnt, its steps, its routing, samples; those without data are left out.
 
     Args:
         run_folder: folder with a metrics.jsonl.
@@ -116,150 +117,33 @@ def run_sections(run_folder: Path, *, baselines: Mapping[str, Mapping[str, float
     Raises:
         DataError: no metrics, or no training step in them.
     """
-    metrics = load_metrics(run_folder)
-    return sections_of(metrics, recorded_baselines(metrics) | dict(baselines or {}))
+    record = load_record(run_folder)
+    return sections_of(record, record.baselines | dict(baselines or {}))
 
 
-def load_metrics(run_folder: Path) -> Metrics:
-    """Return a run's metrics.
-
-    Raises:
-        DataError: there are none, or no training step is among them.
-    """
-    path = run_folder / "metrics.jsonl"
-    if not path.is_file():
-        raise DataError(
-            f"{run_folder} has no metrics.jsonl", hint="name the folder of a run (the --out of dsv2 pretrain, or the run of a tour)"
-        )
-    metrics = read_metrics(path)
-    if not any(line.get("loss") is not None for line in of_kind(metrics, "train")):
-        raise DataError(
-            f"{path} holds {len(metrics)} lines and no training step with a finite loss", hint="let the run make at least one step"
-        )
-    return metrics
-
-
-def sections_of(metrics: Metrics, baselines: Mapping[str, Mapping[str, float]]) -> list[Section]:
-    """Return the sections for metrics that hold at least one training step."""
-    sections: list[Section] = [loss_section(metrics)]
-    if validations(metrics):
-        sections.insert(0, bits_per_byte_section(metrics, baselines))
-    samples = of_kind(metrics, "sample")
-    if samples:
-        sections.append(sample_section(metrics))
-    if any(line.get("load") for line in of_kind(metrics, "train")):
-        sections.extend(load_sections(metrics))
-    return sections
-
-
-def of_kind(metrics: Metrics, kind: str) -> Metrics:
-    """Return the lines of one kind, in order."""
-    return [line for line in metrics if line["kind"] == kind]
-
-
-def validations(metrics: Metrics) -> Metrics:
-    """Return the validation lines that hold a finite value, without the domains that do not; known domains first, English before all."""
-    lines, known = [], list(DOMAIN_NAMES)
-    for line in of_kind(metrics, "validation"):
-        finite = {key: {d: v for d, v in line.get(key, {}).items() if v is not None} for key in ("bits_per_byte", "loss")}
-        for key, values in finite.items():
-            finite[key] = dict(sorted(values.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
-        if finite["bits_per_byte"]:
-            lines.append(line | finite)
-    return lines
-
-
-def recorded_baselines(metrics: Metrics) -> dict[str, Mapping[str, float]]:
-    """Return predictor -> domain -> bits per byte from lines ``{"kind": "baseline", "name": "bigram", "bits_per_byte": {"en": 1.9}}``."""
-    return {line["name"]: line["bits_per_byte"] for line in of_kind(metrics, "baseline")}
-
-
-def domain_name(domain: str) -> str:
-    """Return a domain as a reader calls it."""
-    return DOMAIN_NAMES.get(domain, domain)
-
-
-def train_line(metrics: Metrics, name: str) -> Line:
-    """Return the training loss as a curve; steps whose loss was not finite are gaps."""
-    train = [line for line in of_kind(metrics, "train") if line["loss"] is not None]
-    return Line(name, tuple(line["tokens"] for line in train), tuple(line["loss"] for line in train))
-
-
-def loss_section(metrics: Metrics) -> FigureSection:
-    """Return the loss curves."""
-    by_domain: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for line in validations(metrics):
-        for domain, loss in line["loss"].items():
-            by_domain[domain].append((line["tokens"], loss))
-    validation = [Line(domain_name(domain), *zip(*points, strict=True)) for domain, points in by_domain.items()]
-    caption = "Training loss of each step (thin) and its mean (thick), first steps cut off at the top"
-    caption += "; dots: loss on held-out documents, by domain." if validation else "."
-    return FigureSection("Loss", figures.loss_curves(train_line(metrics, "training"), validation), caption)
-
-
-def bits_per_byte_section(metrics: Metrics, baselines: Mapping[str, Mapping[str, float]]) -> FigureSection:
-    """Return the bars of the last validation beside the baselines."""
-    last = validations(metrics)[-1]
-    values = {
-        domain_name(domain): {"this model": value} | {name: known[domain] for name, known in baselines.items() if domain in known}
-        for domain, value in last["bits_per_byte"].items()
-    }
-    caption = f"Held-out documents after {count(last['tokens'])} tokens of training."
-    if baselines:
-        caption += " Grey: baselines that were given the same training text."
-    return FigureSection("How well it predicts", figures.bits_per_byte_bars(values), caption)
-
-
-def load_sections(metrics: Metrics) -> list[Section]:
-    """Return the load of the experts at the end, and how uneven it was on the way."""
-    train = [line for line in of_kind(metrics, "train") if line.get("load")]
-    recent = [line["load"] for line in train[-MAP_STEPS:]]
-    layers, experts = len(recent[0]), len(recent[0][0])
-    mean = [[sum(load[layer][expert] for load in recent) / len(recent) for expert in range(experts)] for layer in range(layers)]
-    tokens = tuple(line["tokens"] for line in train)
-    curves = [
-        Line(f"MoE layer {layer + 1}", tokens, tuple(max(line["load"][layer]) * experts for line in train)) for layer in range(layers)
-    ]
-    return [
-        FigureSection(
-            "Which experts work",
-            figures.expert_load_map(mean),
-            f"Tokens sent to each expert, relative to an even share (1.0); mean of the last {len(recent)} steps. "
-            "Orange: busier; blue: idler.",
+def sections_of(record: Record, baselines: Mapping[str, Mapping[str, float]], *, settings: bool = True) -> list[Section]:
+    """Return the chapters of a run, those without data left out; ``settings``: its recipe at the end."""
+    chapters: list[tuple[str, str, list[Section]]] = [
+        (
+            "Learning",
+            "How well the model predicts text, and how it came to.",
+            [*predicts_section(record, baselines), loss_section(record), *bits_per_byte_section(record)],
         ),
-        FigureSection(
-            "Balance on the way",
-            figures.imbalance_curves(curves),
-            "Load of the busiest expert of each MoE layer relative to the mean. 1 is perfect balance.",
+        ("Text", "", sample_section(record)),
+        ("Steps", "What the optimiser did.", [*optimiser_section(record), *spikes_section(record)]),
+        (
+            "Routing",
+            "Every MoE layer sends a token to a few of its experts. Balanced, all of them learn; specialised, they learn different things.",
+            [*load_sections(record), *device_sections(record), *domain_sections(record)],
         ),
+        ("Recipe", "", settings_section(record) if settings else []),
     ]
+    return [section for title, text, sections in chapters if sections for section in (ChapterSection(title, text), *sections)]
 
 
-def sample_section(metrics: Metrics) -> SampleSection:
-    """Return samples of evenly chosen steps, the first and the last among them."""
-    tokens_at = {line["step"]: line["tokens"] for line in metrics if "tokens" in line}
-    by_step: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for line in of_kind(metrics, "sample"):
-        by_step[line["step"]].append(line)
-    steps = evenly(sorted(by_step), MOST_SAMPLES)
-    samples = []
-    for step in steps:
-        label = f"step {step}" + (f"\n{count(tokens_at[step])} tokens" if step in tokens_at else "")
-        for line in by_step[step]:
-            samples.append(Sample(label, line["prompt"], line["text"].removeprefix(line["prompt"])))
-    return SampleSection("Learning to write", tuple(samples), "The same prompt at different moments of training; the prompt is grey.")
-
-
-def evenly(values: Sequence[int], most: int) -> list[int]:
-    """Return at most ``most`` of the values, evenly spaced, first and last kept."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
-
-
-def summary_cards(metrics: Metrics, baselines: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+def summary_cards(record: Record, baselines: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
     """Return the cards that the metrics of a run give; bits per byte of the first domain, English where it is there."""
-    train, validation = of_kind(metrics, "train"), validations(metrics)
+    train, validation = record.train, record.validations
     cards = []
     if validation:
         domain, value = next(iter(validation[-1]["bits_per_byte"].items()))
@@ -272,50 +156,26 @@ def summary_cards(metrics: Metrics, baselines: Mapping[str, Mapping[str, float]]
     return cards
 
 
+def step_cards(record: Record) -> list[tuple[str, str]]:
+    """Return the cards on time and balance that the metrics give."""
+    cards, last = [], record.train[-1]
+    if last.get("elapsed_s") is not None:
+        cards.append(("training time, steps only", duration(last["elapsed_s"])))
+    busiest = overall(record, "max_over_mean", max)
+    if busiest is not None:
+        cards.append(("busiest expert / mean, worst layer, last tenth", f"{fmean(late(busiest)):.2f}"))
+    return cards
+
+
 def shown(value: float | None) -> str:
     """Return a loss in words; the metrics hold null for one that was not finite."""
     return "not finite" if value is None else f"{value:.2f}"
 
 
-def run_names(runs: Sequence[Path]) -> dict[str, Metrics]:
-    """Return metrics by a short name of each run; runs of equal folder names are told apart by their paths."""
-    short = [path.resolve().name for path in runs]
-    names = [str(path) if short.count(name) > 1 else name for path, name in zip(runs, short, strict=True)]
-    return {name: load_metrics(path) for name, path in zip(names, runs, strict=True)}
-
-
-def best_english(names: Mapping[str, Metrics]) -> str:
-    """Return the lowest last value on English and whose it is."""
-    values = [(validation[-1]["bits_per_byte"].get("en"), name) for name, m in names.items() if (validation := validations(m))]
-    known = sorted((value, name) for value, name in values if value is not None)
-    return f"{known[0][0]:.3f} ({known[0][1]})" if known else "-"
-
-
-def comparison_sections(names: Mapping[str, Metrics]) -> list[Section]:
-    """Return a table and curves of several runs."""
-    domains = list(dict.fromkeys(d for m in names.values() for line in validations(m) for d in line["bits_per_byte"]))
-    rows = []
-    for name, metrics in names.items():
-        train, validation = of_kind(metrics, "train"), validations(metrics)
-        last = validation[-1]["bits_per_byte"] if validation else {}
-        elapsed = train[-1].get("elapsed_s")
-        rows.append(
-            (
-                name,
-                str(train[-1]["step"]),
-                count(train[-1]["tokens"]),
-                shown(train[-1]["loss"]),
-                *(f"{last[domain]:.3f}" if domain in last else "-" for domain in domains),
-                duration(elapsed) if elapsed is not None else "-",
-            )
-        )
-    columns = ("run", "steps", "tokens", "training loss", *(domain_name(domain) for domain in domains), "time")
-    note = "Domains: bits per byte of held-out text at the last validation; less is better." if domains else ""
-    return [
-        TableSection("At the end", columns, tuple(rows), note),
-        FigureSection(
-            "Training loss",
-            figures.compare_losses([train_line(metrics, name) for name, metrics in names.items()]),
-            "Mean training loss; the number is the last mean. Comparable between runs of one tokenizer only; bits per byte always.",
-        ),
-    ]
+def best_cards(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return the lowest last value of each domain and whose it is."""
+    best: dict[str, tuple[float, str]] = {}
+    for record in records:
+        for domain, line in record.held_out("bits_per_byte").items():
+            best[domain] = min(best.get(domain, (line.y[-1], record.name)), (line.y[-1], record.name))
+    return [(f"best {domain_name(domain)}, bits per byte: {name}", f"{value:.3f}") for domain, (value, name) in in_order(best).items()]

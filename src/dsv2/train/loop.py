@@ -157,11 +157,11 @@ def train(
             consumed += size
             line = _train_line(result, rate, consumed, seq_len, size * seq_len / step_s, elapsed, model.config.n_group)
             metrics.write(step, "train", **line)
-            progress.advance(1, loss=result.loss, lr=rate, tokens_per_s=size * seq_len / step_s)
+            progress.advance(1, loss=result.loss, lr=rate, tokens_per_s=size * seq_len / step_s, **_busiest(result))
             step_done()
             last = step == len(steps)
             if validate is not None and (last or step % plan.run.validate_every == 0):
-                _write_validation(metrics, step, consumed * seq_len, validate(model))
+                _write_validation(metrics, step, consumed * seq_len, elapsed, validate(model))
             if sample is not None and (last or step % plan.run.sample_every == 0):
                 for prompt, text in sample(model):
                     metrics.write(step, "sample", prompt=prompt, text=text)
@@ -232,6 +232,8 @@ def _answer(
     what = {"what": spike.what, "value": spike.value, "limit": spike.limit, "first_sample": here.first_sample, "in_a_row": guard.in_a_row}
     if guard.in_a_row < plan.guard.rollback_after:
         metrics.write(here.step, "spike", **what, action="skipped")
+        message = f"step {here.step}: {spike.what} {spike.value:.4g} is a spike (limit {spike.limit:.4g}); this update is skipped"
+        console().print(message, markup=False, soft_wrap=True)
         return guard
     problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
     calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_training(path).guard).in_a_row]
@@ -261,11 +263,22 @@ def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, sp
     }
 
 
-def _write_validation(metrics: MetricsLog, step: int, tokens: int, domains: Mapping[str, DomainLoss]) -> None:
+def _busiest(result: StepResult) -> dict[str, str]:
+    """Return what the progress line says of the routers: load of the busiest expert of any layer over its layer's mean."""
+    return {} if result.load is None else {"busiest expert": f"{result.load.max_over_mean:.2f}x mean"}
+
+
+def _write_validation(metrics: MetricsLog, step: int, tokens: int, elapsed: float, domains: Mapping[str, DomainLoss]) -> None:
+    bits_per_byte = {name: domain.bits_per_byte for name, domain in domains.items()}
+    experts = {name: domain.expert_shares for name, domain in domains.items() if domain.assignments}
     metrics.write(
         step,
         "validation",
         tokens=tokens,
-        bits_per_byte={name: domain.bits_per_byte for name, domain in domains.items()},
+        elapsed_s=round(elapsed, 3),
+        bits_per_byte=bits_per_byte,
         loss={name: domain.loss for name, domain in domains.items()},
+        **({"experts": experts} if experts else {}),
     )
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in bits_per_byte.items())
+    console().print(f"step {step}: bits per byte of held-out text: {shown}", markup=False, soft_wrap=True)

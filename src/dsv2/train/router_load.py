@@ -37,6 +37,11 @@ class RouterLoad:
         """Share of a layer's assignments that each expert received; rows sum to 1."""
         return self.assignments.float() / self.assignments.sum(dim=-1, keepdim=True)
 
+    @property
+    def max_over_mean(self) -> float:
+        """Load of the busiest expert of any layer over its layer's mean; 1 is even."""
+        return float(self.shares.max()) * self.shares.shape[-1]
+
     def metrics(self, n_group: int) -> dict[str, Any]:
         """Return figures per layer, for a line of metrics.
 
@@ -46,7 +51,8 @@ class RouterLoad:
         Returns:
             max_over_mean: load of the busiest expert over the mean, 1 is even; entropy: of the shares, over ln E, 1 is even;
             dead_experts: that received nothing; device_load: each device's share before dropping; sends_per_token: devices that a token
-            reached; dropped: assignments dropped; computed_max: of the busiest device after dropping, over the mean load.
+            reached; dropped, dropped_share: assignments dropped, and their share of all; computed_max: of the busiest device after
+            dropping, over the mean load.
         """
         counts = self.assignments.double()
         shares = counts / counts.sum(dim=-1, keepdim=True)
@@ -62,6 +68,7 @@ class RouterLoad:
             figures["sends_per_token"] = _rounded(self.sends.double() / self.tokens)
         if self.dropped is not None:
             figures["dropped"] = self.dropped.sum(dim=-1).tolist()
+            figures["dropped_share"] = _rounded(self.dropped.sum(dim=-1).double() / counts.sum(dim=-1))
             figures["computed_max"] = _rounded((devices - self.dropped).amax(dim=-1) / devices.double().mean(dim=-1))
         return figures
 

@@ -1,13 +1,17 @@
-"""Held-out loss per domain, in nats per token and in bits per byte, which no tokenizer can flatter (spec 8.1)."""
+"""Held-out loss per domain, in nats per token and in bits per byte, which no tokenizer can flatter (spec 8.1), and the experts it used."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
 
 from dsv2.data.loader import sequential_batches
-from dsv2.data.packing import Rows
+from dsv2.data.packing import IGNORE, Rows
 from dsv2.data.shards import TokenShards
+from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
 from dsv2.train.losses import token_nll
 
@@ -20,11 +24,13 @@ class DomainLoss:
         nll: summed over its labels, nats.
         num_labels: every token but each document's BOS; the end of a document counts.
         num_bytes: UTF-8 bytes of its documents.
+        assignments: [L][E] tokens that each MoE layer sent to each expert, of those that have a label; empty without MoE layers.
     """
 
     nll: float
     num_labels: int
     num_bytes: int
+    assignments: tuple[tuple[int, ...], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -35,6 +41,11 @@ class DomainLoss:
     def bits_per_byte(self) -> float:
         """Total NLL / (ln 2 * bytes)."""
         return self.nll / (math.log(2) * self.num_bytes)
+
+    @property
+    def expert_shares(self) -> list[list[float]]:
+        """[L][E] share of a layer's assignments that each expert received, to 5 decimals; rows sum to 1."""
+        return [[round(count / max(1, sum(layer)), 5) for count in layer] for layer in self.assignments]
 
 
 def validate(
@@ -49,13 +60,23 @@ def validate(
     model.eval()
     result = {}
     for domain in shards.domains:
-        nll, num_labels = 0.0, 0
+        nll, num_labels, assignments = 0.0, 0, None
         for batch in sequential_batches(Rows(shards, seq_len, domain), batch_rows):
             batch = batch.to(device)
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                hidden = model(batch.tokens, batch.positions, batch.document_ids).hidden
-                nll += token_nll(model, hidden, batch.labels).item()
+                output = model(batch.tokens, batch.positions, batch.document_ids)
+                nll += token_nll(model, output.hidden, batch.labels).item()
             num_labels += batch.num_labels
-        result[domain] = DomainLoss(nll, num_labels, shards.num_bytes(domain))
+            counted = _assignments(output.router_stats, batch.labels != IGNORE)
+            assignments = counted if assignments is None or counted is None else assignments + counted
+        layers = () if assignments is None else tuple(tuple(layer) for layer in assignments.tolist())
+        result[domain] = DomainLoss(nll, num_labels, shards.num_bytes(domain), layers)
     model.train(was_training)
     return result
+
+
+def _assignments(stats: Sequence[RouterStats], scored: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, "layers experts"] | None:
+    """Count the assignments of the tokens that have a label: those of the padding would say nothing of the domain."""
+    if not stats:
+        return None
+    return torch.stack([torch.bincount(layer.experts[scored].flatten(), minlength=layer.affinity.shape[-1]) for layer in stats])
