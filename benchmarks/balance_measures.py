@@ -61,6 +61,15 @@ def figures_of(lines: Sequence[Line], *, limit: int, assigned: int, domain_bytes
     return figures
 
 
+def chance_of(lines: Sequence[Line]) -> Figures:
+    """Return the figures of steps of one layer whose routing followed chance alone."""
+    figures = {name: mean_and_worst([busiest(line, name) for line in lines])[0] for name in ("expert", "device", "received")}
+    return figures | {
+        "dead": fmean(fmean(line["router"]["dead_experts"]) for line in lines),
+        "sends": fmean(fmean(line["router"]["sends_per_token"]) for line in lines),
+    }
+
+
 def busiest(line: Line, what: str) -> list[float]:
     """Return the busiest expert's or device's load over the mean of each layer, in one step."""
     router: Mapping[str, Any] = line["router"]

@@ -103,6 +103,12 @@ def arms_table(results: Results, columns: Sequence[Column]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def chance_row(results: Results) -> str:
+    """Return the row of a router without any preference, for the table of balance."""
+    cells = [write(results["chance"][figure]) if figure in results["chance"] else "-" for _, figure, write in BALANCE]
+    return f"| chance alone, M = 3 | {' | '.join(cells)} |"
+
+
 def verdict(found: int, more: int) -> str:
     """Say whether what was found (``side`` of the two arms) is what was expected."""
     if more:
@@ -138,7 +144,7 @@ def blocks(results: Results) -> dict[str, str]:
     return {
         "setup": setup_line(results),
         "expected": expectations_table(results),
-        "balance": arms_table(results, BALANCE),
+        "balance": f"{arms_table(results, BALANCE)}\n{chance_row(results)}",
         "quality": arms_table(results, QUALITY),
     }
 
@@ -172,7 +178,7 @@ def new_figure(columns: int, height: float, title: str, **options: Any) -> tuple
     """Return a figure and its panels side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, height), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11.5, height), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color=INK)
     return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
@@ -186,13 +192,15 @@ def png(figure: Any) -> bytes:
 def draw_arms(results: Results) -> bytes:
     """Draw every figure of every arm: a point for each seed, a bar at the mean, the baseline's range as a band."""
     panels = (
-        ("experts\nbusiest / mean", "expert"), ("devices\nbusiest / mean", "device"), ("received\nbusiest / mean", "received"),
-        ("sends per token", "sends"), ("held-out\nbits per byte", "held_out"),
+        ("experts\nbusiest / mean", "expert"), ("idle experts\nper step and layer", "dead"), ("devices\nbusiest / mean", "device"),
+        ("received\nbusiest / mean", "received"), ("sends per token", "sends"), ("held-out\nbits per byte", "held_out"),
     )  # fmt: skip
     arms = results["arms"]
     figure, axes = new_figure(len(panels), 0.9 + 0.36 * len(arms), "What each arm changes", sharey=True)
     for axis, (title, name) in zip(axes, panels, strict=True):
         base = values_of(results, BASE, name)
+        if name in results["chance"] and name != "sends":
+            axis.axvline(results["chance"][name], color=SOFT, linestyle=":", linewidth=1.2)
         axis.axvspan(min(base), max(base), color=RULE, alpha=0.8, linewidth=0)
         for row, arm in enumerate(arms):
             values = values_of(results, arm, name)
@@ -202,14 +210,15 @@ def draw_arms(results: Results) -> bytes:
         axis.set_title(title, color=SOFT, fontsize=9)
         axis.grid(False, axis="y")
         axis.margins(x=0.12)
+        axis.locator_params(axis="x", nbins=3)
+        axis.ticklabel_format(axis="x", useOffset=False)
     axes[0].set_yticks(range(len(arms)), [arm["label"] for arm in arms.values()])
     axes[0].tick_params(axis="y", labelcolor=INK, length=0)
     axes[0].invert_yaxis()
-    figure.supxlabel(
-        "a dot per seed, a bar at the mean; band: range of the baseline; orange: all seeds above it, blue: all below",
-        color=SOFT,
-        fontsize=9,
+    note = (
+        "a dot per seed, a bar at the mean; band: range of the baseline; orange: all seeds above it, blue: all below; dotted: chance alone"
     )
+    figure.supxlabel(note, color=SOFT, fontsize=9)
     return png(figure)
 
 
@@ -222,13 +231,14 @@ def plot_course(axis: Any, results: Results, name: str, arms: Sequence[tuple[str
         axis.fill_between(tokens, low, high, color=hue, alpha=0.15, linewidth=0)
         axis.plot(tokens, mean, color=hue, linewidth=1.7, label=label)
     axis.set_xlim(0, None)
+    axis.margins(y=0.25)  # room for the legend
     axis.set_xlabel("thousand tokens")
     axis.legend(loc="upper right")
 
 
 def draw_course(results: Results) -> bytes:
     """Draw how uneven experts, devices and what they receive are in the course of training."""
-    figure, axes = new_figure(3, 3.9, "Balance in the course of training: busiest / mean, 1 is even")
+    figure, axes = new_figure(3, 3.9, "Balance in the course of training: busiest / mean; dotted: what chance alone leaves")
     panels = (
         ("experts", "expert", "alpha_1", [("alpha1-0", "0"), (BASE, "0.003"), ("alpha1-0.01", "0.01"), ("alpha1-0.1", "0.1")]),
         ("devices", "device", "", [("no-losses", "no losses"), ("alpha2-0", "alpha_2 = 0"), (BASE, "baseline")]),
@@ -237,7 +247,7 @@ def draw_course(results: Results) -> bytes:
     for axis, (title, name, legend, arms) in zip(axes, panels, strict=True):
         plot_course(axis, results, name, [(arm, label, INK if arm == BASE else HUES[place]) for place, (arm, label) in enumerate(arms)])
         axis.set_title(title, color=SOFT)
-        axis.axhline(1.0, color=SOFT, linewidth=0.8)
+        axis.axhline(results["chance"][name], color=SOFT, linewidth=1.2, linestyle=":")
         axis.get_legend().set_title(legend)
     return png(figure)
 

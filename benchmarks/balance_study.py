@@ -29,12 +29,13 @@ import balance_page as page
 from dsv2.config import load_recipe
 from dsv2.errors import Dsv2Error
 from dsv2.files import atomic_write
+from dsv2.model.config import ModelConfig
 from dsv2.progress import bar, console, read_metrics, table
 from dsv2.train.pretrain import Corpus, PretrainRecipe
 from dsv2.train.schedule import steps_of
 
 RECIPE = Path(__file__).with_suffix(".toml")
-SEEDS, VOCABULARY = (0, 1, 2), 2048
+SEEDS, VOCABULARY, RANDOM_STEPS = (0, 1, 2), 2048, 100
 FACTORS = {
     "alpha_1": "balance.expert",
     "alpha_2": "balance.device",
@@ -228,7 +229,24 @@ def results_of(runs: Sequence[Run], corpus: Corpus) -> dict[str, Any]:
         "data": corpus.fingerprint[:16], "torch": torch.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }  # fmt: skip
-    return {"setup": setup, "arms": arms}
+    return {"setup": setup, "chance": even_router(config, setup["step_tokens"]), "arms": arms}
+
+
+def even_router(config: ModelConfig, num_tokens: int) -> dict[str, float]:
+    """Return figures of a router without any preference, random logits: what chance alone leaves uneven in a step."""
+    import torch
+
+    from dsv2.model.router import RouterStats, route
+    from dsv2.train.router_load import router_load
+
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for _ in range(RANDOM_STEPS):
+        routing = route(torch.randn(num_tokens, config.n_routed_experts or 0, generator=generator), config)
+        load = router_load([RouterStats(0, routing.affinity.unsqueeze(0), routing.experts.unsqueeze(0))], config.n_group)
+        assert load is not None
+        lines.append({"router": load.metrics(config.n_group)})
+    return measures.chance_of(lines)
 
 
 def show_plan(runs: Sequence[Run], jobs: int) -> None:
