@@ -59,13 +59,14 @@ def percent(value: float) -> str:
 
 
 def whole(value: float) -> str:
-    return f"{value:g}"
+    return f"{value:.3g}"
 
 
 BALANCE: tuple[Column, ...] = (
     ("experts", "expert", two),
     ("worst layer", "expert_worst", two),
     ("idle experts", "dead", two),
+    ("dead", "dead_lasting", whole),
     ("devices", "device", two),
     ("received", "received", two),
     ("sends per token", "sends", two),

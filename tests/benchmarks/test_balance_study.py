@@ -131,7 +131,7 @@ def test_tables_and_pictures_come_from_the_file(tmp_path: Path) -> None:
     results = made_results(tmp_path)
     assert results["arms"]["baseline"]["course"]["expert"][-1] == [2.0, 2.0, 2.0]
     quality = page.blocks(results)["quality"].splitlines()
-    assert page.blocks(results)["balance"].endswith("| chance alone, M = 3 | 1.50 | - | 0.50 | 1.25 | 1.02 | 1.50 | - |")
+    assert page.blocks(results)["balance"].endswith("| chance alone, M = 3 | 1.50 | - | 0.50 | - | 1.25 | 1.02 | 1.50 | - |")
     assert quality[2].startswith("| baseline: 0.003, 0.05, 0.02, M = 3 | 2.100 (2.000 to 2.200) | 9.500 | - |")
     assert quality[3].startswith("| alpha_1 = 0 | **3.100** (3.000 to 3.200) | 9.500 |"), "bold: all seeds above the baseline's"
     assert all(picture.startswith(b"\x89PNG") for picture in page.pictures(results).values())
