@@ -136,7 +136,7 @@ def setup_line(results: Results) -> str:
         f"{len(arms)} arms x {len(next(iter(arms))['seeds'])} seeds; {setup['parameters']:,} parameters, {setup['activated']:,} at work"
         f" per token, {setup['moe_layers']} MoE layers, {setup['chosen']} of {setup['experts']} experts on {setup['devices']} groups;"
         f" {setup['steps']} steps of {setup['step_tokens']:,} tokens; {setup['held_out_bytes']:,} bytes of held-out text;"
-        f" fp32, one thread, {min(seconds):.0f} to {max(seconds):.0f} s a run, torch {setup['torch']}, {setup['cpu']}."
+        f" fp32, one thread, {min(seconds):.0f} to {max(seconds):.0f} s of wall clock a run, torch {setup['torch']}, {setup['cpu']}."
     )
 
 
