@@ -28,16 +28,19 @@ def test_counts_are_those_of_a_plain_loop(batch, length, groups, group_len, data
     assert load is not None and load.dropped is not None and load.tokens == len(rows)
     for layer in range(2):
         assert load.assignments[layer].tolist() == [sum(row.count(i) for row in rows) for i in range(num_experts)]
-        assert load.sends[layer] == sum(len({i // group_len for i in row}) for row in rows)
+        reached = [{i // group_len for i in row} for row in rows]
+        assert load.received[layer].tolist() == [sum(d in devices for devices in reached) for d in range(groups)]
+        assert load.most_sends[layer] == max(map(len, reached))
         gone = [i // group_len for row, stay in zip(rows, stays, strict=True) for i, k in zip(row, stay, strict=True) if not k]
         assert load.dropped[layer].tolist() == [gone.count(d) for d in range(groups)]
     twice = load + load
     assert twice.tokens == 2 * load.tokens and torch.equal(twice.assignments, 2 * load.assignments)
+    assert torch.equal(twice.received, 2 * load.received) and torch.equal(twice.most_sends, load.most_sends)
     assert torch.allclose(twice.shares, load.shares)
 
 
 def test_figures():
-    """Four tokens, top 2 of 4 experts on 2 devices: loads 4 2 2 0; tokens reach 1, 1, 2, 2 devices."""
+    """Four tokens, top 2 of 4 experts on 2 devices: loads 4 2 2 0; tokens reach 1, 1, 2, 2 devices, which receive 4 and 2."""
     experts = torch.tensor([[[0, 1], [0, 1], [0, 2], [0, 2]]])
     kept = torch.tensor([[[True, True], [True, False], [True, True], [False, True]]])
     load = router_load([stats_of(experts, 4, kept)], 2)
@@ -45,8 +48,11 @@ def test_figures():
     figures = load.metrics(2)
     assert figures == {
         "max_over_mean": [2.0], "entropy": [round(1.5 * math.log(2) / math.log(4), 5)], "dead_experts": [1],
-        "device_load": [[0.75, 0.25]], "sends_per_token": [1.5], "dropped": [2], "dropped_share": [0.25], "computed_max": [1.0],
+        "device_load": [[0.75, 0.25]], "sends_per_token": [1.5], "most_sends": [2], "received_max": [round(4 / 3, 5)],
+        "dropped": [2], "dropped_share": [0.25], "computed_max": [1.0],
     }  # fmt: skip
+    near = router_load([stats_of(experts[:, :2], 4)], 2)
+    assert near is not None and near.most_sends.tolist() == [1] and (near + load).most_sends.tolist() == [2]
     plain = router_load([stats_of(experts, 4)], 1)
     assert plain is not None and set(plain.metrics(1)) == {"max_over_mean", "entropy", "dead_experts"}
 

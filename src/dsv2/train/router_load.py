@@ -19,18 +19,23 @@ class RouterLoad:
     Args:
         tokens: N that were routed.
         assignments: [L, E] of each expert, before any dropping.
-        sends: [L] (token, device) pairs: a token bound for several experts of a device goes there once.
+        received: [L, D] tokens that each device receives, before any dropping: one bound for several of its experts goes there once.
+        most_sends: [L] devices that the token with the most of them reached.
         dropped: [L, D] assignments dropped on each device; None where dropping is off.
     """
 
     tokens: int
     assignments: Int64[Tensor, "layers experts"]
-    sends: Int64[Tensor, " layers"]
+    received: Int64[Tensor, "layers devices"]
+    most_sends: Int64[Tensor, " layers"]
     dropped: Int64[Tensor, "layers devices"] | None
 
     def __add__(self, other: "RouterLoad") -> "RouterLoad":
         dropped = None if self.dropped is None or other.dropped is None else self.dropped + other.dropped
-        return RouterLoad(self.tokens + other.tokens, self.assignments + other.assignments, self.sends + other.sends, dropped)
+        most_sends = torch.maximum(self.most_sends, other.most_sends)
+        return RouterLoad(
+            self.tokens + other.tokens, self.assignments + other.assignments, self.received + other.received, most_sends, dropped
+        )
 
     @property
     def shares(self) -> Float[Tensor, "layers experts"]:
@@ -51,7 +56,8 @@ class RouterLoad:
         Returns:
             max_over_mean: load of the busiest expert over the mean, 1 is even; entropy: of the shares, over ln E, 1 is even;
             dead_experts: that received nothing; device_load: each device's share before dropping; sends_per_token: devices that a token
-            reached; dropped, dropped_share: assignments dropped, and their share of all; computed_max: of the busiest device after
+            reached, in the mean; most_sends: that any token reached, at most M; received_max: tokens that the busiest device received
+            over the mean; dropped, dropped_share: assignments dropped, and their share of all; computed_max: of the busiest device after
             dropping, over the mean load.
         """
         counts = self.assignments.double()
@@ -65,7 +71,10 @@ class RouterLoad:
         devices = self.assignments.unflatten(-1, (n_group, -1)).sum(dim=-1)
         if n_group > 1:
             figures["device_load"] = _rounded(devices.double() / devices.sum(dim=-1, keepdim=True))
-            figures["sends_per_token"] = _rounded(self.sends.double() / self.tokens)
+            received = self.received.double()
+            figures["sends_per_token"] = _rounded(received.sum(dim=-1) / self.tokens)
+            figures["most_sends"] = self.most_sends.tolist()
+            figures["received_max"] = _rounded(received.amax(dim=-1) / received.mean(dim=-1))
         if self.dropped is not None:
             figures["dropped"] = self.dropped.sum(dim=-1).tolist()
             figures["dropped_share"] = _rounded(self.dropped.sum(dim=-1).double() / counts.sum(dim=-1))
@@ -84,17 +93,19 @@ def router_load(stats: Sequence[RouterStats], n_group: int) -> RouterLoad | None
         return None
     num_experts = stats[0].affinity.shape[-1]
     group_len = num_experts // n_group
-    assignments, sends, dropped = [], [], []
+    assignments, received, most_sends, dropped = [], [], [], []
     for layer in stats:
         devices = layer.experts.flatten(0, 1) // group_len
         assignments.append(torch.bincount(layer.experts.flatten(), minlength=num_experts))
         reached = torch.zeros(len(devices), n_group, dtype=torch.int64, device=devices.device).scatter_(1, devices, 1)
-        sends.append(reached.sum())
+        received.append(reached.sum(dim=0))
+        most_sends.append(reached.sum(dim=1).amax())
         if layer.kept is not None:
             gone = (~layer.kept).flatten(0, 1).long()
             dropped.append(torch.zeros_like(reached).scatter_add_(1, devices, gone).sum(dim=0))
     tokens = stats[0].experts.shape[0] * stats[0].experts.shape[1]
-    return RouterLoad(tokens, torch.stack(assignments), torch.stack(sends), torch.stack(dropped) if dropped else None)
+    gone_by_device = torch.stack(dropped) if dropped else None
+    return RouterLoad(tokens, torch.stack(assignments), torch.stack(received), torch.stack(most_sends), gone_by_device)
 
 
 def _rounded(values: Tensor) -> Any:
