@@ -52,6 +52,13 @@ def test_rotation_is_the_reference_in_interleaved_order(name, heads):
             assert torch.allclose(turned[row, token], expected, rtol=0, atol=2e-3 if positions[row, token] > 4000 else 2e-4)
 
 
+def test_gradient_of_a_rotation_is_the_turn_back():
+    config = ModelConfig.from_dict(CONFIGS["lite"])
+    x = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    factors = tuple(t.double() for t in rotation(torch.tensor([[0, 1, 7], [3, 40, 90]]), rope_frequencies(config), 1.0))
+    assert torch.autograd.gradcheck(lambda t: rotate(t, factors), x)
+
+
 def test_casting_the_model_leaves_the_angles_in_fp32():
     """Module.to(bfloat16) casts buffers; a frequency of 8 bits would be off by whole turns after a few hundred tokens."""
     from dsv2.model.transformer import Transformer

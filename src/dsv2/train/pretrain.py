@@ -174,7 +174,6 @@ def pretrain(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, rows = checked_config(recipe, corpus), _rows(recipe, corpus)
-    keep_freed_memory()
     fresh = recipe.model.start is not None and not checkpoints(out)
     start_hash = check_start(recipe.model.start or "", config, corpus.tokenizer) if fresh else None
     recipe = _settled(recipe, corpus, out, device, start_hash)
@@ -195,6 +194,7 @@ def pretrain(
     metrics.cut_back(start.step if start else 0)
     loader = Loader(rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)
     _print_plan(recipe, config, corpus, plan, start.step if start else 0)
+    keep_freed_memory()  # from here on: what building the model freed should go back
     try:
         train(
             model, optimizer, corpus.tokenizer, loader, plan, out,
