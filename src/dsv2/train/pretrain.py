@@ -35,7 +35,7 @@ from dsv2.train.guard import GuardSection
 from dsv2.train.loop import LoopPlan, RunSection, Sample, resume_from, train
 from dsv2.train.losses import BalanceSection
 from dsv2.train.memory import keep_freed_memory
-from dsv2.train.optimizer import AdamWSection, make_optimizer
+from dsv2.train.optimizer import OptimizerSection, make_optimizer
 from dsv2.train.precision import autocast_dtype, make_deterministic, require_determinism, resolve_precision
 from dsv2.train.schedule import BatchSize, LearningRate, check_batch
 from dsv2.train.start import begin_weights, check_start
@@ -65,7 +65,7 @@ class PretrainRecipe(Section):
     run: RunSection
     batch: BatchSize
     learning_rate: LearningRate
-    optimizer: AdamWSection = AdamWSection()
+    optimizer: OptimizerSection = OptimizerSection()
     balance: BalanceSection = BalanceSection()
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
@@ -187,7 +187,7 @@ def pretrain(
     if not checkpoints(out):
         begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
     _begin(recipe, corpus, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
