@@ -234,10 +234,11 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
             f"dropping.capacity_factor = {recipe.dropping.capacity_factor:g}: a device's budget needs n_group > 1 and MoE layers",
             hint="leave dropping.capacity_factor out",
         )
-    needed, present = 16 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    per_parameter = 16 if recipe.optimizer.kind == "adamw" else 12  # fp32 weight, gradient, two moments; Muon keeps one
+    needed, present = per_parameter * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available() and needed > present:
         raise ConfigError(
-            f"weights, gradients and AdamW moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
+            f"weights, gradients and moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
             hint="choose a smaller preset, such as nano or small",
         )
     return config
@@ -322,6 +323,7 @@ def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, pla
             f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
         ),
         ("learning rate", _describe_rate(rate)),
+        ("optimiser", "AdamW" if recipe.optimizer.kind == "adamw" else "Muon on the blocks' matrices, AdamW on the rest"),
         ("balance", _describe_balance(recipe, config)),
         ("precision", f"{recipe.run.precision} products, fp32 weights and moments; {torch.get_num_threads()} threads"),
     ]
