@@ -1,7 +1,8 @@
 """Held-out bits per byte of optimizer.kind = muon and of adamw: same data, model and machine, at equal tokens and at equal wall time.
 
     python benchmarks/muon_vs_adamw.py --recipe tour --out runs/muon-tour
-    python benchmarks/muon_vs_adamw.py --recipe nano --data DATA --tokens 5_000_000 --sweep-tokens 1_200_000 --out runs/muon-nano
+    python benchmarks/muon_vs_adamw.py --recipe nano --override learning_rate.warmup_steps=50 --data DATA \\
+        --tokens 5_000_000 --sweep-tokens 1_200_000 --adamw-peaks 1e-3,2e-3,4e-3 --out runs/muon-nano
     python benchmarks/muon_vs_adamw.py --quick --out runs/muon-quick
 
 DATA holds NAME_train.jsonl.gz and NAME_val.jsonl.gz, NAME being the domain; without it the shipped corpus is used. In order:
@@ -11,8 +12,9 @@ DATA holds NAME_train.jsonl.gz and NAME_val.jsonl.gz, NAME being the domain; wit
 3. For each seed: AdamW on --tokens, Muon on --tokens, and Muon on as many tokens as the time of AdamW's run allows by the cost of 1.
    Schedules end with the tokens, so each run is whole.
 
-Runs go through the training stage (a recipe and overrides) and lie in --out; the same command goes on after an interruption. Seconds are
-those of training steps as logged, without validation and checkpoints. Prints `ratio NAME VALUE`, above 1: Muon is better; and writes
+A warm-up longer than --sweep-tokens would compare warm-ups: override it. Runs go through the training stage (a recipe and overrides) and
+lie in --out; the same command goes on after an interruption. Seconds are those of training steps as logged, without validation and
+checkpoints. Prints `ratio NAME VALUE`, above 1: Muon is better; and writes
 results.json.
 """
 
@@ -220,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of the AdamW runs; absent: the recipe's")
     parser.add_argument("--sweep-tokens", type=int, default=600_000)
     parser.add_argument("--adamw-peaks", type=numbers, default=[1.5e-3, 3e-3, 6e-3])
-    parser.add_argument("--muon-peaks", type=numbers, default=[1.5e-3, 3e-3, 6e-3])
+    parser.add_argument("--muon-peaks", type=numbers, default=[3e-3, 6e-3, 1.2e-2])
     parser.add_argument("--seeds", type=int, default=2, help="seeds 1, 2, ... of the comparison; the sweep has seed 0")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of timed steps")
     parser.add_argument("--threads", type=int, default=2)
