@@ -48,6 +48,7 @@ from dsv2.train.step import TrainingDiverged, train_step
 KINDS = ("adamw", "muon")
 MOST_PEAKS = 6
 TOKENIZER_BYTES = 10_000_000  # of each domain, to train the tokenizer on
+HELD_OUT_BYTES = 200_000  # of each domain, of DATA
 
 
 def documents(data: Path | None, split: str, most_bytes: float) -> Iterator[Document]:
@@ -73,7 +74,7 @@ def corpus_of(options: argparse.Namespace) -> Corpus:
         tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
         tokenizer.save(folder / "tokenizer")
         prepare(documents(options.data, "train", options.mb * 1e6), tokenizer, folder / "train")
-        prepare(documents(options.data, "val", options.mb * 1e6), tokenizer, folder / "validation")
+        prepare(documents(options.data, "val", HELD_OUT_BYTES), tokenizer, folder / "validation")
     return Corpus.open(folder)
 
 
