@@ -35,7 +35,7 @@ from dsv2.tokenizer.specials import ASSISTANT, MARKERS
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.losses import BalanceSection
-from dsv2.train.optimizer import AdamWSection, make_optimizer
+from dsv2.train.optimizer import OptimizerSection, make_optimizer
 from dsv2.train.step import train_step
 
 if find_spec("gguf") is None or find_spec("llama_cpp") is None:
@@ -175,7 +175,7 @@ def train(model: Transformer, loader: Loader, steps: int) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 parameter.mul_(0.1)
-    optimizer = make_optimizer(model.train(), AdamWSection())
+    optimizer = make_optimizer(model.train(), OptimizerSection())
     for step in range(steps):
         rate = 2e-3 * min(1.0, (step + 1) / 20)
         batch = loader.batch(step * 8, 8)

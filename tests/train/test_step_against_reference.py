@@ -8,7 +8,7 @@ from dsv2.errors import Dsv2Error
 from dsv2.model.dropping import Dropping
 from dsv2.train import step as step_module
 from dsv2.train.losses import BalanceSection, batch_losses
-from dsv2.train.optimizer import AdamWSection, make_optimizer, optimizer_tensors, restore_optimizer
+from dsv2.train.optimizer import OptimizerSection, make_optimizer, optimizer_tensors, restore_optimizer
 from dsv2.train.step import TrainingDiverged, train_step
 from reference import balance, training, transformer
 from reference.subject import our_model
@@ -16,7 +16,7 @@ from reference.tiny import V2, random_state, split_experts, stack_experts
 
 CONFIG = {**V2, "num_hidden_layers": 2}
 RATES = [0.01, 0.02, 0.005]
-SECTION = AdamWSection()
+SECTION = OptimizerSection()
 BALANCE = BalanceSection(expert=0.1)
 
 

@@ -32,7 +32,7 @@ from dsv2.train.diverged import save_batch
 from dsv2.train.dropping import DroppingSection, step_dropping
 from dsv2.train.guard import GuardSection, GuardState, Spike, after_rollback, after_step, find_spike
 from dsv2.train.losses import BalanceSection
-from dsv2.train.optimizer import AdamWSection, optimizer_tensors, restore_optimizer
+from dsv2.train.optimizer import OptimizerSection, optimizer_tensors, restore_optimizer
 from dsv2.train.profiler import profiled
 from dsv2.train.schedule import BatchSize, LearningRate, learning_rate, steps_of
 from dsv2.train.step import StepResult, TrainingDiverged, train_step
@@ -68,7 +68,7 @@ class LoopPlan:
     run: RunSection
     batch: BatchSize
     learning_rate: LearningRate
-    optimizer: AdamWSection
+    optimizer: OptimizerSection
     balance: BalanceSection
     autocast: torch.dtype | None
     dropping: DroppingSection = DroppingSection()

@@ -35,7 +35,7 @@ from dsv2.train.guard import GuardSection
 from dsv2.train.loop import MAY_CHANGE, LoopPlan, RunSection, Sample, resume_from, train
 from dsv2.train.losses import BalanceSection
 from dsv2.train.memory import keep_freed_memory
-from dsv2.train.optimizer import AdamWSection, make_optimizer
+from dsv2.train.optimizer import OptimizerSection, make_optimizer
 from dsv2.train.precision import autocast_dtype, make_deterministic, require_determinism, resolve_precision
 from dsv2.train.schedule import BatchSize, LearningRate, check_batch
 from dsv2.train.start import begin_weights, check_start
@@ -66,7 +66,7 @@ class PretrainRecipe(Section):
     run: RunSection
     batch: BatchSize
     learning_rate: LearningRate
-    optimizer: AdamWSection = AdamWSection()
+    optimizer: OptimizerSection = OptimizerSection()
     balance: BalanceSection = BalanceSection()
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
@@ -187,7 +187,7 @@ def pretrain(
     if not checkpoints(out):
         begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
     clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     _begin(recipe, corpus, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
@@ -236,10 +236,11 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
             f"dropping.capacity_factor = {recipe.dropping.capacity_factor:g}: a device's budget needs n_group > 1 and MoE layers",
             hint="leave dropping.capacity_factor out",
         )
-    needed, present = 16 * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    per_parameter = 16 if recipe.optimizer.kind == "adamw" else 12  # fp32 weight, gradient, two moments; Muon keeps one
+    needed, present = per_parameter * count_parameters(config).total, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not torch.cuda.is_available() and needed > present:
         raise ConfigError(
-            f"weights, gradients and AdamW moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
+            f"weights, gradients and moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
             hint="choose a smaller preset, such as nano or small",
         )
     return config
@@ -324,6 +325,7 @@ def _print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, pla
             f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
         ),
         ("learning rate", _describe_rate(rate)),
+        ("optimiser", "AdamW" if recipe.optimizer.kind == "adamw" else "Muon on the blocks' matrices, AdamW on the rest"),
         ("balance", _describe_balance(recipe, config)),
         ("precision", f"{recipe.run.precision} products, fp32 weights and moments; {torch.get_num_threads()} threads"),
     ]
