@@ -42,7 +42,7 @@ VERBS: dict[str, Verb] = {
     "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
     "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training.", "run the same command again; it goes on"),
     "pretrain": Verb(
-        "dsv2.train.pretrain:run",
+        "dsv2.samples:run",
         "Train a model on token shards.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),

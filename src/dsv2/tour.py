@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from dsv2.config import load_recipe
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare
 from dsv2.data.shards import TokenShards
-from dsv2.engine.engine import Engine
-from dsv2.engine.request import Request, SamplingParams
+from dsv2.engine.request import SamplingParams
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.files import atomic_write_json
 from dsv2.model.transformer import Transformer
@@ -40,6 +39,7 @@ from dsv2.progress import console, read_metrics, table
 from dsv2.report import Leg as ReportLeg
 from dsv2.report import Sample as ReportSample
 from dsv2.report import write_tour_report
+from dsv2.samples import write
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.bigram import InterpolatedBigram, bits_per_byte
@@ -161,24 +161,12 @@ def pretrain_leg(tour: Tour) -> Figures:
 def training_samples(model: Transformer, tokenizer: Tokenizer, seed: int) -> list[Sample]:
     """Return one short text for the report's story of how the model learns."""
     prompt = PROMPTS[0][1]
-    return [(prompt, write(model, tokenizer, [prompt], seed, max_tokens=48)[0])]
+    return [(prompt, write(model, tokenizer, [tokenizer.encode(prompt)], sampling(seed, max_tokens=48))[0])]
 
 
-def write(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], seed: int, *, max_tokens: int) -> list[str]:
-    """Continue the prompts, each with a seed of its own; the model's training mode is left as it was."""
-    was_training = model.training
-    engine = Engine(model.eval(), tokenizer, max_batch=len(prompts))
-    requests = [
-        Request(
-            str(number),
-            tuple(tokenizer.encode(prompt)),
-            SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed + number),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    texts = [output.text for output in engine.generate(requests)]
-    model.train(was_training)
-    return texts
+def sampling(seed: int, *, max_tokens: int) -> SamplingParams:
+    """Return how the tour draws its texts."""
+    return SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=max_tokens, seed=seed)
 
 
 def validation_leg(tour: Tour) -> Figures:
@@ -206,7 +194,8 @@ def samples_leg(tour: Tour) -> Figures:
     """Let the model write, and look its English words up in the corpus."""
     model, tokenizer = load_model(latest_checkpoint(tour.run)), tour.tokenizer()
     prompts = [*PROMPTS, *([PROMPTS[0]] * (ENGLISH_SAMPLES - 2))]
-    texts = write(model, tokenizer, [prompt for _, prompt in prompts], tour.seed, max_tokens=SAMPLE_TOKENS)
+    ids = [tokenizer.encode(prompt) for _, prompt in prompts]
+    texts = write(model, tokenizer, ids, sampling(tour.seed, max_tokens=SAMPLE_TOKENS))
     samples = [{"domain": domain, "prompt": prompt, "text": text} for (domain, prompt), text in zip(prompts, texts, strict=True)]
     share = known_words((text for (domain, _), text in zip(prompts, texts, strict=True) if domain == "en"), english_words())
     atomic_write_json(tour.out / "samples.json", {"known_words": share, "samples": samples})

@@ -24,7 +24,7 @@ RIVER = [
     {"rl"},
     {"server"},
     {"evaluation"},
-    {"reproduce", "report", "info", "plan", "tour", "doctor"},
+    {"reproduce", "report", "info", "plan", "samples", "tour", "doctor"},
     {"cli"},  # reaches the stages through strings
     {"__main__", "__init__"},
 ]

@@ -1,6 +1,7 @@
 """A small corpus to train on, and two threads."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from dsv2.train.pretrain import Corpus
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Corpus:
-    folder = tmp_path_factory.mktemp("resume")
+def data_folder(tmp_path_factory) -> Path:
+    """tokenizer/, train/ and validation/."""
+    folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     words = ["river", "stone", "model", "expert", "token", "latent", "gate", "rope"]
     texts = [" ".join(rng.choice(words, size=60)) + "." for _ in range(30)]
@@ -23,7 +25,12 @@ def corpus(tmp_path_factory) -> Corpus:
     tokenizer.save(folder / "tokenizer")
     for split, part in (("train", texts[:24]), ("validation", texts[24:])):
         prepare([Document(text, ("a", "b")[n % 2], "test", str(n)) for n, text in enumerate(part)], tokenizer, folder / split)
-    return Corpus.open(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(data_folder: Path) -> Corpus:
+    return Corpus.open(data_folder)
 
 
 def with_threads(number: int) -> Iterator[None]:

@@ -37,6 +37,7 @@ from dsv2.train.losses import BalanceSection
 from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import OptimizerSection, make_optimizer
 from dsv2.train.precision import autocast_dtype, make_deterministic, require_determinism, resolve_precision
+from dsv2.train.samples import SamplesSection
 from dsv2.train.schedule import BatchSize, LearningRate, check_batch
 from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
@@ -71,6 +72,7 @@ class PretrainRecipe(Section):
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
     mixture: MixtureRules | None = Field(default=None, description="Weights of the domains; without it every row once an epoch.")
+    samples: SamplesSection = SamplesSection()
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
         """Return the model's config, its vocabulary that of the tokenizer.
@@ -142,8 +144,9 @@ def run(
     out: Path,
     resume: bool = False,
     tensorboard: bool = False,
+    sampler: Callable[[PretrainRecipe, Tokenizer], Callable[[Transformer], Sequence[Sample]]] | None = None,
 ) -> None:
-    """Stage of ``dsv2 pretrain``: load the recipe and the data, print the plan, train.
+    """Load the recipe and the data, print the plan, train; ``sampler`` makes what draws the recipe's samples.
 
     Raises:
         ConfigError: a wrong recipe, or a run folder that exists and may not be continued.
@@ -156,7 +159,8 @@ def run(
         raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
     if resume and not exists:
         raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
-    pretrain(loaded, Corpus.open(Path(data)), Path(out), tensorboard=tensorboard)
+    corpus = Corpus.open(Path(data))
+    pretrain(loaded, corpus, Path(out), tensorboard=tensorboard, sample=sampler(loaded, corpus.tokenizer) if sampler else None)
 
 
 def pretrain(
