@@ -53,6 +53,7 @@ def test_a_domain_is_read_whole_before_it_is_read_again(shards):
 def test_the_curriculum_changes_by_tokens(shards):
     mixed = mixture(shards, {"tokens": 1500 * SEQ_LEN, "weights": {"en": 1}}, {"weights": {"zh": 1, "code": 3}})
     assert set(domains_of(mixed, 0, 2 * BLOCK)) == {"en"}, "1500 samples are rounded up to 2000"
+    assert [mixed.stage(sample) for sample in (0, 2 * BLOCK - 1, 2 * BLOCK, 9 * BLOCK)] == [0, 0, 1, 1]
     assert Counter(domains_of(mixed, 2 * BLOCK, 10 * BLOCK)) == {"zh": 2500, "code": 7500}
     assert mixed.epochs(3 * BLOCK) == {"en": 40.0, "zh": pytest.approx(250 / 7), "code": 25.0}
 

@@ -9,7 +9,9 @@ import torch
 from training_runs import guarded, stopping_after, without_times
 
 from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.data import mixture
 from dsv2.data.loader import Loader
+from dsv2.data.mixture import Mixture
 from dsv2.data.packing import Rows
 from dsv2.errors import Dsv2Error
 from dsv2.files import sha256_of
@@ -29,7 +31,8 @@ def inject(monkeypatch, corpus) -> Callable[..., None]:
 
     def put(recipe: PretrainRecipe, factors: dict[int, float]) -> None:
         steps = list(steps_of(recipe.batch, recipe.run.seq_len, recipe.run.tokens))
-        loader = Loader(Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
+        rows = Mixture(corpus.train, recipe.run.seq_len, recipe.mixture, seed=recipe.run.seed) if recipe.mixture else None
+        loader = Loader(rows or Rows(corpus.train, recipe.run.seq_len), seed=recipe.run.seed)
         bad = {loader.batch(*steps[step - 1]).split(4)[0].tokens.numpy().tobytes(): factor for step, factor in factors.items()}
 
         def spiking(model, batch, balance, **rest):
@@ -39,6 +42,19 @@ def inject(monkeypatch, corpus) -> Callable[..., None]:
         monkeypatch.setattr(step_module, "batch_losses", spiking)
 
     return put
+
+
+def test_a_new_stage_of_the_curriculum_is_no_spike(corpus, tmp_path, inject, monkeypatch):
+    """Its loss may be of another height; the guard learns it anew, and then catches what stands out of it."""
+    monkeypatch.setattr(mixture, "BLOCK", 8)
+    stages = [{"weights": {"a": 1.0}, "tokens": 12 * 8 * 32}, {"weights": {"b": 1.0}}]
+    staged = guarded(mixture={"stages": stages})
+    sizes = list(steps_of(staged.batch, staged.run.seq_len, staged.run.tokens))
+    switch = next(step for step, (consumed, _) in enumerate(sizes, start=1) if consumed >= 12 * 8)
+    assert staged.guard.window // 2 < switch < len(sizes) - staged.guard.window
+    inject(staged, dict.fromkeys(range(switch, len(sizes) + 1), 50.0) | {len(sizes): 5000.0})
+    pretrain(staged, corpus, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("skipped")] == [len(sizes)]
 
 
 def weights(folder):

@@ -70,6 +70,10 @@ class Loader:
         epochs, places = np.divmod(np.arange(first_sample, first_sample + num_samples, dtype=np.uint64), np.uint64(len(self.rows)))
         return permute(places, epochs, size=len(self.rows), seed=self.seed).astype(np.int64)
 
+    def stage(self, sample: int) -> int:
+        """Return in which stage of its mixture a global sample lies; 0 without one."""
+        return self.rows.stage(sample) if isinstance(self.rows, Mixture) else 0
+
     def batches(self, consumed_samples: int, batch_sizes: Callable[[int], int]) -> Generator[Batch]:
         """Yield batches without end; each worker makes one of the next ones while the current one is used.
 

@@ -93,6 +93,10 @@ class Mixture:
             chosen[mine] = self._bounds[number] + permute(places, epochs, size=len(rows), seed=self._seed).astype(np.int64)
         return chosen
 
+    def stage(self, sample: int) -> int:
+        """Return in which stage of the curriculum a sample lies, from 0."""
+        return self._stage_of(sample // BLOCK)
+
     def epochs(self, num_samples: int) -> dict[str, float]:
         """Return how often the first samples read each domain.
 
@@ -122,7 +126,7 @@ class Mixture:
 
     def _block(self, block: int) -> tuple[Int64[np.ndarray, "samples"], Int64[np.ndarray, "samples"]]:
         """Return the same for all samples of a block."""
-        stage = int(np.searchsorted(self._begins, block, side="right")) - 1
+        stage = self._stage_of(block)
         quotas = self._quotas[stage]
         # Another seed than that of the rows: a block's order and a domain's order have nothing to do with each other.
         everywhere = np.arange(BLOCK, dtype=np.uint64)
@@ -133,9 +137,12 @@ class Mixture:
             turns[domains == number] += np.arange(quotas[number])
         return domains, turns
 
+    def _stage_of(self, block: int) -> int:
+        return int(np.searchsorted(self._begins, block, side="right")) - 1
+
     def _read_before(self, num_samples: int) -> Int64[np.ndarray, "domains"]:
         block, rest = divmod(num_samples, BLOCK)
-        stage = int(np.searchsorted(self._begins, block, side="right")) - 1
+        stage = self._stage_of(block)
         whole = self._before[stage] + (block - self._begins[stage]) * self._quotas[stage]
         domains, _ = self._turns(np.arange(num_samples - rest, num_samples, dtype=np.int64))
         return np.asarray(whole + np.bincount(domains, minlength=len(self.domains)))

@@ -148,6 +148,8 @@ def train(
             tokens = consumed * seq_len
             rate = learning_rate(plan.learning_rate, step=step - 1, tokens=tokens, total_tokens=plan.run.tokens)
             here = _Place(step, consumed + loader.rank * (size // loader.world_size), folder)
+            if loader.stage(consumed + size - 1) != loader.stage(max(0, consumed - 1)):
+                guard = GuardState()  # other data on purpose: what came before says nothing about its loss
             result, spike = _step(model, optimizer, next(batches), plan, rate, guard, here)
             guard = after_step(plan.guard, guard, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
             if spike is not None:
