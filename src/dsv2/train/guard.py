@@ -1,7 +1,8 @@
 """The guard against loss spikes: updates that stand out are skipped, and many in a row roll the weights back.
 
 A spike is a loss or gradient norm more than ``sigma`` standard deviations above its mean over the last ``window`` steps that were not
-skipped; a new stage of the mixture begins anew. All of it is a pure function of the state, which checkpoints hold: a resumed run judges as the undisturbed one does.
+skipped; with a new stage of the mixture it begins anew. All of it is a pure function of the state, which checkpoints hold: a resumed run
+judges as the undisturbed one does.
 """
 
 import math
