@@ -294,8 +294,8 @@ def main() -> None:
         raise SystemExit(f"error: {error.message}\nhint: {error.hint}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted\nhint: the same command goes on") from None
-    results = results_of(runs, corpus)
-    text = measures.to_json(results)
+    text = measures.to_json(results_of(runs, corpus))
+    results = json.loads(text)  # tables and pictures show what the file says, to its digits
     for folder in (options.out, *([options.docs / "balance"] if options.docs else [])):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "results.json", text)
