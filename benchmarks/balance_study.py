@@ -105,7 +105,7 @@ class Run:
         """Tell whether the run came to its end: the validation after the last step is written."""
         metrics = self.folder / "metrics.jsonl"
         lines = read_metrics(metrics) if metrics.exists() else []
-        return bool(lines) and lines[-1]["kind"] == "validation" and lines[-1]["step"] == self.num_steps
+        return any(line["kind"] == "validation" and line["step"] == self.num_steps for line in lines)
 
     def check(self, corpus: Corpus) -> None:
         """Refuse a folder that holds a run of another recipe or of other data."""
