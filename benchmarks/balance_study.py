@@ -31,7 +31,8 @@ from dsv2.errors import Dsv2Error
 from dsv2.files import atomic_write
 from dsv2.model.config import ModelConfig
 from dsv2.progress import bar, console, read_metrics, table
-from dsv2.train.pretrain import Corpus, PretrainRecipe
+from dsv2.train.corpus import Corpus
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.schedule import steps_of
 
 RECIPE = Path(__file__).with_suffix(".toml")

@@ -40,9 +40,11 @@ from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.corpus import Corpus
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.precision import autocast_dtype, make_deterministic, resolve_precision
-from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.step import TrainingDiverged, train_step
 
 KINDS = ("adamw", "muon")

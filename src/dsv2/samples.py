@@ -16,7 +16,7 @@ from dsv2.tokenizer.chat import render_fim
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train import pretrain
 from dsv2.train.loop import Sample
-from dsv2.train.pretrain import PretrainRecipe
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.samples import SamplesSection
 
 HOLE = "\u27e8 ? \u27e9"  # where a sample's text belongs, in the prompt as people see it

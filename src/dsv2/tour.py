@@ -43,9 +43,11 @@ from dsv2.samples import write
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.bigram import InterpolatedBigram, bits_per_byte
+from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.precision import make_deterministic
-from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people

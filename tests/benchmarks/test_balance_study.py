@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsv2.config import load_recipe
-from dsv2.train.pretrain import PretrainRecipe
+from dsv2.train.recipe import PretrainRecipe
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

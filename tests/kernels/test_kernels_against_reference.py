@@ -50,6 +50,24 @@ def test_grouped_swiglu_is_one_expert_after_the_other(counts, copies, hidden, wi
     require_equal_gradients(out, expected, (x, gate_up, down, weights))
 
 
+def test_grouped_swiglu_casts_weights_as_if_they_had_been_cast_before():
+    """Under autocast the fp32 stacks pass through a small buffer; products and gradients are those of bf16 stacks."""
+    order, inverse = laid_out(6, 2, 0, seed=3)
+    counts = [5, 0, 7]
+    tensors = (randn(6, 8), randn(3, 10, 8, seed=2), randn(3, 8, 5, seed=3), randn(12, seed=1))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, gate_up, down = (t.detach().to(dtype).requires_grad_() for t in tensors[:3])
+        weights = tensors[3].detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = grouped_swiglu(x, order, inverse, 2, counts, gate_up, down, weights)
+        grads = torch.autograd.grad(out.float().square().sum(), (x, gate_up, down, weights))
+        results.append((out, *grads))
+    assert results[0][0].dtype == torch.bfloat16 and results[0][2].dtype == torch.float32
+    for through_buffer, cast_before in zip(*results, strict=True):
+        assert torch.equal(through_buffer.float(), cast_before.float())
+
+
 @settings(deadline=None, max_examples=30)
 @given(tokens=st.integers(1, 5), copies=st.integers(1, 4), fillers=st.integers(0, 3), seed=st.integers(0, 1000))
 def test_rows_travel_and_come_back(tokens, copies, fillers, seed):
@@ -120,6 +138,37 @@ def test_chunked_head_is_the_cross_entropy_of_the_whole(piece_elements, labels, 
     assert total.item() == pytest.approx(expected.item(), abs=1e-10)
     for ours_grad, expected_grad in zip(ours_grads, torch.autograd.grad(expected * 0.5, (h, weight)), strict=True):
         assert torch.allclose(ours_grad, expected_grad, atol=1e-10)
+
+
+def test_norm_takes_any_layout():
+    x, gain = randn(3, 2, 6), randn(6, seed=1)
+    ours, expected = (norm(x.transpose(0, 1)) for norm in (lambda t: rms_norm(t, gain, 1e-6), lambda t: F.rms_norm(t, (6,), gain, 1e-6)))
+    for a, b in zip(torch.autograd.grad(ours.sum(), (x, gain)), torch.autograd.grad(expected.sum(), (x, gain)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_head_forms_no_gradient_that_nobody_asked_for(monkeypatch):
+    hidden, weight, labels = randn(4, 3), randn(7, 3, seed=1), torch.tensor([1, 2, -100, 3])
+    with_gradient = linear_cross_entropy(hidden, weight, labels, -100)
+    monkeypatch.setattr(cross_entropy, "_accumulate", None)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels, -100).item() == with_gradient.item()
+
+
+def test_head_does_not_look_at_rows_without_label():
+    hidden, weight, labels = randn(3, 2).detach(), randn(5, 2, seed=1), torch.tensor([1, -100, 3])
+    expected = linear_cross_entropy(hidden, weight, labels, -100)
+    hidden[1] = float("nan")
+    total = linear_cross_entropy(hidden.requires_grad_(), weight, labels, -100)
+    assert total.item() == expected.item()
+    assert (torch.autograd.grad(total, hidden)[0][1] == 0).all()
+
+
+def test_written_out_backwards_refuse_second_derivatives():
+    x, gain = randn(2, 3), randn(3, seed=1)
+    (grad,) = torch.autograd.grad(rms_norm(x, gain, 1e-6).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(grad.sum(), x)
 
 
 def test_head_survives_large_logits_and_needs_no_gradient():

@@ -17,7 +17,7 @@ SCHEMAS = {
     "plan-serve": "dsv2.plan.options:ServeOptions",
     "plan-train": "dsv2.plan.options:TrainOptions",
     "prepare": "dsv2.data.recipe:PrepareRecipe",
-    "pretrain": "dsv2.train.pretrain:PretrainRecipe",
+    "pretrain": "dsv2.train.recipe:PretrainRecipe",
 }
 
 

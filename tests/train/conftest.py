@@ -10,8 +10,8 @@ import torch
 from dsv2.data.documents import Document
 from dsv2.data.prepare import prepare
 from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.corpus import Corpus
 from dsv2.train.precision import make_deterministic
-from dsv2.train.pretrain import Corpus
 
 
 @pytest.fixture(scope="session")

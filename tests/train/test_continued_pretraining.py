@@ -12,7 +12,9 @@ from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+from dsv2.train.corpus import Corpus
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

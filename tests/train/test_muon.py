@@ -11,7 +11,8 @@ from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.train.muon import Cut, MuonWithAdamW, hidden_matrices, orthogonalise
 from dsv2.train.optimizer import OptimizerSection, make_optimizer, optimizer_tensors, restore_optimizer
-from dsv2.train.pretrain import PretrainRecipe, pretrain
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 from reference.subject import our_model
 from reference.tiny import LITE, V2, random_state, split_experts
 

@@ -9,7 +9,9 @@ from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError, DataError, Dsv2Error
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.train.pretrain import Corpus, PretrainRecipe, pretrain
+from dsv2.train.corpus import Corpus
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

@@ -5,7 +5,7 @@ import pytest
 from dsv2.config import load_recipe
 from dsv2.data.recipe import PrepareRecipe
 from dsv2.model.accounting import count_parameters
-from dsv2.train.pretrain import PretrainRecipe
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.schedule import check_batch, learning_rate, steps_of
 
 # What spec 4.1 and 9.1 print; None: absent.

@@ -17,7 +17,8 @@ from dsv2.errors import Dsv2Error
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 from dsv2.train import step as step_module
-from dsv2.train.pretrain import PretrainRecipe, pretrain
+from dsv2.train.pretrain import pretrain
+from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.schedule import steps_of
 from dsv2.train.step import TrainingDiverged
 

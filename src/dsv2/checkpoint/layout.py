@@ -76,12 +76,26 @@ def load_training(folder: Path) -> TrainingState:
     Raises:
         CheckpointError: the folder is not a run's own checkpoint, or is damaged.
     """
-    state = read_json(folder / "training" / "state.json")
+    state = _read_state(folder)
     optimizer = load_tensors(folder / "training" / "optimizer.safetensors")
+    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer, state.get("guard", {}))
+
+
+def load_guard(folder: Path) -> Mapping[str, Any]:
+    """Load what the guard against loss spikes knew, without the moments.
+
+    Raises:
+        CheckpointError: the folder is not a run's own checkpoint, or is damaged.
+    """
+    guard: Mapping[str, Any] = _read_state(folder).get("guard", {})
+    return guard
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = read_json(folder / "training" / "state.json")
     for name in ("step", "consumed_samples", "elapsed_s"):
         if isinstance(state.get(name), bool) or not isinstance(state.get(name), int | float):
             raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: {name} must be a number")
-    guard = state.get("guard", {})
-    if not isinstance(guard, dict):
+    if not isinstance(state.get("guard", {}), dict):
         raise CheckpointError(f"{folder / 'training' / 'state.json'} is damaged: guard must be an object")
-    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer, guard)
+    return state

@@ -125,8 +125,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as bytes, without a copy where it is contiguous."""
-    values: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    """Return a tensor's values as bytes, without a copy where it is contiguous and in the CPU's memory."""
+    values: memoryview = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return values
 
 

@@ -82,5 +82,6 @@ def linear_cross_entropy(
 
     Rows whose label is ``ignore`` count nothing. Softmax and sum are fp32 or better; the product follows autocast.
     """
-    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, ignore, compute_dtype(hidden))
+    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, ignore, compute_dtype(hidden), gradients)
     return out

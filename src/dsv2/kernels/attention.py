@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BLOCK = 128  # queries
 _BLOCKED_UP_TO = 1024  # tokens; the probabilities of all pairs are kept for the backward
@@ -69,18 +70,20 @@ class BlockedCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of queries, keys and values from the kept probabilities."""
         q, k, v, *blocks = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for start, probabilities in zip(range(0, q.shape[1], _BLOCK), blocks, strict=True):
-            end = min(q.shape[1], start + _BLOCK)
-            grad_out = grad[:, start:end].contiguous()
-            grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_out)
-            towards = torch.bmm(grad_out, v[:, :end].transpose(1, 2))
-            scores = torch.ops.aten._softmax_backward_data(towards, probabilities, -1, probabilities.dtype)
-            grad_q[:, start:end] = torch.bmm(scores, k[:, :end]).mul_(ctx.scale)
-            grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q[:, start:end], alpha=ctx.scale)
+        with torch.autocast(q.device.type, enabled=False):  # products in the dtype of the forward pass, wherever this is called
+            for start, probabilities in zip(range(0, q.shape[1], _BLOCK), blocks, strict=True):
+                end = min(q.shape[1], start + _BLOCK)
+                grad_out = grad[:, start:end].contiguous()
+                grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_out)
+                towards = torch.bmm(grad_out, v[:, :end].transpose(1, 2))
+                scores = torch.ops.aten._softmax_backward_data(towards, probabilities, -1, probabilities.dtype)
+                grad_q[:, start:end] = torch.bmm(scores, k[:, :end]).mul_(ctx.scale)
+                grad_k[:, :end].baddbmm_(scores.transpose(1, 2), q[:, start:end], alpha=ctx.scale)
         return grad_q, grad_k, grad_v, None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _PIECE_ELEMENTS = 1 << 20  # logits held at once: 4 MiB in fp32, which stays in a core's caches
 _PIECE_ROWS = 256  # but no fewer rows: each piece adds to the whole gradient of the weight
@@ -17,12 +18,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     """See ``kernels.linear_cross_entropy``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, dtype: torch.dtype) -> Tensor:
-        """Sum the loss, and form both gradients on the way."""
-        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, dtype: torch.dtype, need_grad: bool) -> Tensor:
+        """Sum the loss, and form both gradients on the way where they are needed."""
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight: Tensor | None = None
+        grad_weight = torch.zeros_like(weight) if need_grad and not len(hidden) else None
         total = hidden.new_zeros((), dtype=torch.float64)
         size = max(_PIECE_ROWS, _PIECE_ELEMENTS // len(weight))
         for start in range(0, len(hidden), size):
@@ -37,10 +37,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Scale the gradients that the forward pass left."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
 
 
 def _accumulate(total: Tensor | None, grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,8 +63,8 @@ def _piece(logits: Tensor, labels: Tensor, ignore: int, need_grad: bool) -> tupl
     target = labels.where(counted, 0).unsqueeze(-1)
     probabilities = logits.softmax(dim=-1, dtype=wide)
     log_norm = logits.amax(dim=-1).to(wide) - probabilities.amax(dim=-1).log()
-    nll = ((log_norm - logits.gather(-1, target).squeeze(-1).to(wide)).double() * counted).sum()
+    nll = (log_norm - logits.gather(-1, target).squeeze(-1).to(wide)).double().where(counted, 0.0).sum()
     if not need_grad:
         return nll, None
     probabilities.scatter_add_(-1, target, probabilities.new_full((), -1.0).expand_as(target))
-    return nll, probabilities if bool(counted.all()) else probabilities.mul_(counted.unsqueeze(-1))
+    return nll, probabilities if bool(counted.all()) else probabilities.where(counted.unsqueeze(-1), 0.0)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Float[Tensor, "*rows size"], gain: Float[Tensor, " size"], eps: float) -> Float[Tensor, "*rows size"]:
@@ -30,12 +31,13 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """With n = x / rms: grad_gain = sum grad n; grad_x = (grad gain - n mean(grad gain n)) / rms."""
         x, gain, inverse = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):  # the two sums below are matrix products to torch
             product = grad * x
-            rows = product.view(-1, len(gain))
+            rows = product.reshape(-1, len(gain))
             grad_gain = torch.mv(rows.t(), inverse.flatten())
             along = torch.mv(rows, gain).view(inverse.shape).mul_(inverse).mul_(inverse).div_(len(gain))
             grad_x = torch.mul(grad, gain, out=product).addcmul_(x, along, value=-1).mul_(inverse)

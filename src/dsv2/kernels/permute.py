@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -32,6 +33,7 @@ class _SumCopies(torch.autograd.Function):
         return add_copies(rows, inverse, copies)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
         return grad.index_select(0, order // ctx.copies), None, None, None

@@ -80,7 +80,7 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of the initial matrices")
     aux_loss_alpha: float = Field(default=0.001, ge=0, description="as published; training recipes state their own factors")
-    seq_aux: Literal[True] = Field(default=True, description="balance losses are per sequence; over the batch is not supported")
+    seq_aux: Literal[True] = Field(default=True, description="of published training; ours: balance.scope in the recipe")
     bos_token_id: int = Field(default=100000, ge=0)
     eos_token_id: int = Field(default=100001, ge=0)
     pad_token_id: int | None = None
@@ -97,7 +97,7 @@ class ModelConfig(BaseModel):
         if self.num_experts_per_tok is None or self.moe_intermediate_size is None:
             raise ValueError("n_routed_experts is set, so num_experts_per_tok and moe_intermediate_size must be, too")
         groups = self.n_group
-        reachable = self.topk_group if self.topk_method == "group_limited_greedy" else groups
+        reachable = self.reachable_groups
         if n_routed_experts % groups:
             raise ValueError(
                 f"n_routed_experts = {n_routed_experts} does not split into n_group = {groups} equal groups: use a multiple of {groups}"
@@ -131,6 +131,11 @@ class ModelConfig(BaseModel):
     def num_moe_layers(self) -> int:
         """How many layers hold routed experts."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def reachable_groups(self) -> int:
+        """Groups that a token may reach: M where routing is limited to it, else all."""
+        return self.topk_group if self.topk_method == "group_limited_greedy" else self.n_group
 
     @property
     def softmax_scale(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv2.model.config import ModelConfig, YarnScaling
 
@@ -87,6 +88,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, own, partner)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         own, partner = ctx.saved_tensors
         return _turn(grad, own, -partner), None, None

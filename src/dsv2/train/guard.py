@@ -20,7 +20,7 @@ class GuardSection(Section):
     """When a step is a spike, and what then."""
 
     sigma: float | None = Field(default=None, gt=0, description="standard deviations above the mean that make a spike; absent: no guard")
-    window: int = Field(default=128, ge=2, description="steps whose mean and deviation count; the guard judges from half of them on")
+    window: int = Field(default=128, ge=8, description="steps whose mean and deviation count; the guard judges from half of them on")
     rollback_after: int = Field(
         default=8, gt=0, description="spikes in a row after which weights and moments of the last checkpoint return"
     )

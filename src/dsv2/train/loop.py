@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dsv2.checkpoint.folder import open_folder
 from dsv2.checkpoint.huggingface import fill_model
-from dsv2.checkpoint.layout import TrainingState, load_training, save_checkpoint
+from dsv2.checkpoint.layout import TrainingState, load_guard, load_training, save_checkpoint
 from dsv2.checkpoint.manifest import verify_manifest
 from dsv2.checkpoint.source import FolderSource
 from dsv2.checkpoint.steps import checkpoints, remove_old
@@ -39,7 +39,10 @@ from dsv2.train.step import StepResult, TrainingDiverged, train_step
 from dsv2.train.validation import DomainLoss
 
 Sample = tuple[str, str]  # prompt, text that followed
-MAY_CHANGE = ("loader_workers", "profile_steps")  # of RunSection, when a run is resumed: no weight or metric depends on them
+# Of RunSection, when a run is resumed: no step depends on them, but where a guard rolls back to is the newest checkpoint there is.
+MAY_CHANGE = ("loader_workers", "profile_steps", "validate_every", "sample_every", "checkpoint_every", "keep")
+_LARGE_LOAD = 2048  # layers x experts: above it, every train line of V2 would have 70 KB
+_LARGE_LOAD_EVERY = 100  # steps
 
 
 class RunSection(Section):
@@ -141,7 +144,7 @@ def train(
     with (
         closing(loader.batches(expected, lambda consumed: sizes.get(consumed, plan.batch.sequences))) as batches,
         bar(len(steps), "training", unit="steps", done=first) as progress,
-        profiled(plan.run.profile_steps, folder) as step_done,
+        profiled(plan.run.profile_steps, len(steps) - first, folder) as profiler,
     ):
         for step, (consumed, size) in enumerate(steps[first:], start=first + 1):
             began = time.perf_counter()
@@ -158,20 +161,22 @@ def train(
             elapsed += step_s
             consumed += size
             line = _train_line(result, rate, consumed, seq_len, size * seq_len / step_s, elapsed, model.config.n_group)
+            if result.load is None or result.load.shares.numel() <= _LARGE_LOAD or step % _LARGE_LOAD_EVERY == 0:
+                line["load"] = _shares(result)
             metrics.write(step, "train", **line)
             progress.advance(1, loss=result.loss, lr=rate, tokens_per_s=size * seq_len / step_s, **_busiest(result))
-            step_done()
             last = step == len(steps)
-            if validate is not None and (last or step % plan.run.validate_every == 0):
-                _write_validation(metrics, step, consumed * seq_len, elapsed, validate(model))
-            if sample is not None and (last or step % plan.run.sample_every == 0):
-                for prompt, text in sample(model):
-                    metrics.write(step, "sample", prompt=prompt, text=text)
-            if last or step % plan.run.checkpoint_every == 0:
-                kept_guard = guard.to_json() if plan.guard.sigma is not None else {}
-                state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer), kept_guard)
-                save_checkpoint(folder / f"step-{step}", model, tokenizer, training=state)
-                remove_old(folder, plan.run.keep)
+            with profiler.between_steps():
+                if validate is not None and (last or step % plan.run.validate_every == 0):
+                    _write_validation(metrics, step, consumed * seq_len, elapsed, validate(model))
+                if sample is not None and (last or step % plan.run.sample_every == 0):
+                    for prompt, text in sample(model):
+                        metrics.write(step, "sample", prompt=prompt, text=text)
+                if last or step % plan.run.checkpoint_every == 0:
+                    kept_guard = guard.to_json() if plan.guard.sigma is not None else {}
+                    state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer), kept_guard)
+                    save_checkpoint(folder / f"step-{step}", model, tokenizer, training=state)
+                    remove_old(folder, plan.run.keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +243,7 @@ def _answer(
         console().print(message, markup=False, soft_wrap=True)
         return guard
     problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
-    calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_training(path).guard).in_a_row]
+    calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_guard(path)).in_a_row]
     if guard.rolled_back or not calm:
         reason = "and a checkpoint was restored already" if guard.rolled_back else "and no checkpoint from before them"
         raise Dsv2Error(f"{problem}, {reason}", hint="lower learning_rate.peak, or raise guard.sigma, in a new run")
@@ -259,7 +264,6 @@ def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, sp
         "grad_norm": result.grad_norm,
         "tokens_per_s": round(speed, 1),
         "elapsed_s": round(elapsed, 3),
-        "load": [[round(share, 5) for share in layer] for layer in load.shares.tolist()] if load else [],
         **({"router": load.metrics(n_group)} if load else {}),
         **({"skipped": True} if result.skipped else {}),
     }
@@ -268,6 +272,10 @@ def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, sp
 def _busiest(result: StepResult) -> dict[str, str]:
     """Return what the progress line says of the routers: load of the busiest expert of any layer over its layer's mean."""
     return {} if result.load is None else {"busiest expert": f"{result.load.max_over_mean:.2f}x mean"}
+
+
+def _shares(result: StepResult) -> list[list[float]]:
+    return [[round(share, 5) for share in layer] for layer in result.load.shares.tolist()] if result.load else []
 
 
 def _write_validation(metrics: MetricsLog, step: int, tokens: int, elapsed: float, domains: Mapping[str, DomainLoss]) -> None:

@@ -74,6 +74,6 @@ def balance_loss(stats: Sequence[RouterStats], balance: BalanceSection, config: 
         if balance.device:
             total = total + balance.device * device_balance_loss(affinity, experts, config.n_group)
         if balance.communication:
-            loss = communication_balance_loss(affinity, experts, config.n_group, config.topk_group)
+            loss = communication_balance_loss(affinity, experts, config.n_group, config.reachable_groups)
             total = total + balance.communication * loss
     return total

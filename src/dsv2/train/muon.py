@@ -7,6 +7,7 @@ singular values. torch.optim.Muon is of plain matrices only; here one batched pr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -94,6 +95,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw, self._rms, self._products = adamw, rms, products
         self.param_groups += adamw.param_groups
         adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave; the groups and the state stay shared with AdamW."""
+        super().load_state_dict(state_dict)
+        self._adamw.param_groups = self.param_groups[1:]
+        self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

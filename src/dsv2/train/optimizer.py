@@ -44,7 +44,7 @@ def make_optimizer(model: Transformer, section: OptimizerSection, *, products: t
         products: dtype of Muon's matrix products, as that of the model's; None: fp32.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    cuts = hidden_matrices(model) if section.kind == "muon" else {}
+    cuts = {name: cut for name, cut in hidden_matrices(model).items() if name in named} if section.kind == "muon" else {}
     rest = [parameter for name, parameter in named.items() if name not in cuts]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": section.weight_decay},
@@ -52,10 +52,10 @@ def make_optimizer(model: Transformer, section: OptimizerSection, *, products: t
     ]
     betas = (section.adam_beta1, section.adam_beta2)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.adam_epsilon, fused=True)
-    if section.kind == "adamw":
+    if not cuts:
         return adamw
     return MuonWithAdamW(
-        [(named[name], cut) for name, cut in cuts.items() if name in named], adamw, weight_decay=section.weight_decay,
+        [(named[name], cut) for name, cut in cuts.items()], adamw, weight_decay=section.weight_decay,
         momentum=section.muon_momentum, rms=section.muon_rms, products=products or torch.float32,
     )  # fmt: skip
 
@@ -78,12 +78,13 @@ def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tens
     moments = {parameter: _moments(group) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in ((name, parameter) for name, parameter in model.named_parameters() if parameter in moments):
         try:
-            optimizer.state[parameter] = {moment: tensors[f"{name}.{moment}"].clone() for moment in moments[parameter]}
+            own = {moment: tensors[f"{name}.{moment}"] for moment in moments[parameter]}
         except KeyError as error:
             raise CheckpointError(
                 f"the checkpoint's optimiser lacks {error.args[0]!r}",
                 hint="its model has other parameters than this run's, or its optimizer.kind was another",
             ) from None
+        optimizer.state[parameter] = {moment: value.to(parameter.device, copy=True) for moment, value in own.items()}
 
 
 def _moments(group: Mapping[str, object]) -> tuple[str, ...]:

@@ -102,7 +102,9 @@ def train_step(
 
 
 def _diverged(what: str) -> TrainingDiverged:
-    return TrainingDiverged(f"training diverged: {what}", hint="lower learning_rate.peak in a new run; the last checkpoint is untouched")
+    return TrainingDiverged(
+        f"training diverged: {what}", hint="lower learning_rate.peak in a new run; checkpoints, where there are any, are untouched"
+    )
 
 
 def _first_bad_gradient(model: Transformer) -> str:
