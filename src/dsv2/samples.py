@@ -68,7 +68,7 @@ def write(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[i
     assert sampling.seed is not None
     was_training = model.training
     engine = Engine(model.eval(), tokenizer, max_batch=len(prompts))
-    requests = [Request(str(n), tuple(ids), replace(sampling, seed=sampling.seed + n)) for n, ids in enumerate(prompts)]
+    requests = [Request(str(n), tuple(ids), replace(sampling, seed=(sampling.seed + n) % 2**63)) for n, ids in enumerate(prompts)]
     try:
         return [output.text for output in engine.generate(requests)]
     finally:
