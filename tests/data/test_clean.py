@@ -93,6 +93,11 @@ def test_a_threshold_moves_the_border():
     assert judge_general(read(text), GeneralRules(max_repeated_grams=0.6)) is None
 
 
+@pytest.mark.parametrize(("text", "name"), [("### ###", "general.symbols"), ("!?", None), (" \n", None), ("", None)])
+def test_texts_without_a_word_are_judged_where_the_rules_let_them_come_so_far(text, name):
+    assert rule(judge_general(read(text), GeneralRules(min_words=0, min_letter_share=0))) == name
+
+
 # Code: section 9.1 of the specification ---------------------------------------------------------------------------------------------------
 
 LINE = "x = compute(first, second)  # plain\n"
