@@ -216,6 +216,10 @@ def test_the_command_line_takes_a_recipe_and_values(tmp_path, planted, tokenizer
     capsys.readouterr()
     assert main([*line, "duplicates.exakt=true"]) == 2
     assert "did you mean 'duplicates.exact'" in capsys.readouterr().err
+    assert main([*line, 'personal.kinds=["ip", "emial"]']) == 2
+    assert "did you mean 'email'" in capsys.readouterr().err
+    assert main([*line, "fim.seed=18446744073709551616"]) == 2, "cut() makes 8 bytes of it"
+    assert "allowed: less than 18446744073709551616" in capsys.readouterr().err
     assert main([*line, "--recipe", "clena"]) == 2
     assert "did you mean 'clean'" in capsys.readouterr().err
 
