@@ -104,8 +104,12 @@ class ContaminationRules(Section):
 class FimRules(Section):
     """Fill-in-the-middle, of whole documents before they are packed."""
 
-    rate: float = Field(default=0.0, ge=0, le=1, description="Share of the documents that are turned; Coder-V2-Lite 0.5, Coder-V2 0.")
-    domains: tuple[str, ...] = Field(default=("code*",), description="Which domains are turned; * stands for anything.")
+    rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the documents of its domains that are turned; Coder-V2-Lite 0.5, Coder-V2 0."
+    )
+    domains: tuple[str, ...] = Field(
+        default=("code*",), description="Which domains; * stands for anything. Code alone is our reading of the report."
+    )
     seed: int = Field(default=0, ge=0, lt=2**64, description="Of the choice and of the cuts.")
 
 
