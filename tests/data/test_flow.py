@@ -207,6 +207,10 @@ def test_the_command_line_takes_a_recipe_and_values(tmp_path, planted, tokenizer
     report = report_of(tmp_path / "out")
     assert set(report["dropped"]) == {"duplicates.exact", "contamination.run"}
     assert report["languages"]["zh"].keys() == {"zh"}
+    written = {domain: counts["documents"] for domain, counts in report["written"].items()}
+    assert {domain: sum(tags.values()) for domain, tags in report["languages"].items()} == written, "duplicates are not among them"
+    texts = {f"{document.source}: {document.location}": document.text for document in read_documents([planted[0] / "in"])}
+    assert {item["text"] == texts[item["place"]][: pieces.EXCERPT] for items in report["examples"].values() for item in items} == {True}
     shown = (tmp_path / "out" / "report.md").read_text()
     assert "| dropped: duplicates.exact | 12 |" in shown
     assert "CPU seconds" in shown

@@ -23,8 +23,8 @@ class Tally:
         drop_bytes: their length as UTF-8, by rule.
         examples: the first few documents that each rule dropped.
         changed: documents in which an encoding was mended and items masked, by kind.
-        languages: documents kept by the rules, by domain and language tag.
         documents: written, by domain; likewise ``tokens`` and ``num_bytes``.
+        languages: documents written, by domain and language tag.
         turned: documents told as fill-in-the-middle.
         reused: pieces that an interrupted run had finished.
         seconds: of CPU time by step, summed over the processes.
@@ -74,11 +74,10 @@ class Tally:
         self._add_seconds(piece.seconds)
         for item in piece.dropped:
             self._drop(item)
-        self.languages.update((item.domain, item.language) for item in piece.kept if item.language)
 
     def duplicate(self, item: Kept, drop: Drop) -> None:
         """Count a document that is a duplicate."""
-        self._drop(Dropped(item.domain, item.place, drop.rule, drop.why, item.num_bytes, ""))
+        self._drop(Dropped(item.domain, item.place, drop.rule, drop.why, item.num_bytes, item.excerpt))
 
     def _drop(self, item: Dropped) -> None:
         self.drops[item.rule] += 1
@@ -92,6 +91,8 @@ class Tally:
         self.documents[item.domain] += 1
         self.tokens[item.domain] += num_tokens
         self.num_bytes[item.domain] += item.num_bytes
+        if item.language:
+            self.languages[item.domain, item.language] += 1
 
     def encoded(self, piece: Encoded) -> None:
         """Count what encoding a piece took."""
