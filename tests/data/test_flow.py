@@ -228,6 +228,19 @@ def test_the_command_line_takes_a_recipe_and_values(tmp_path, planted, tokenizer
     assert "did you mean 'clean'" in capsys.readouterr().err
 
 
+def test_benchmarks_too_short_to_be_found_are_told(tmp_path, tokenizer_folder, write_rows, capsys):
+    documents = [Document("one two three", "en", "test", "1")]
+    (tmp_path / "bench").mkdir()
+    write_rows(tmp_path / "bench" / "a.jsonl", [{"question": "one two three", "answer": "B"}])
+    hashed = [flow.hash_benchmarks(tmp_path / "bench", EXACT.contamination, tmp_path) for _ in range(2)]
+    assert hashed[0] == hashed[1], "also where they were hashed before"
+    capsys.readouterr()
+    prepare_by_recipe(documents, tokenizer_folder, tmp_path / "out", PrepareRecipe(), benchmarks=tmp_path / "bench")
+    assert "keeps no document out: none of its 2 texts holds a run of 13 words" in capsys.readouterr().err
+    assert report_of(tmp_path / "out")["benchmarks"] == {"texts": 2, "too_short": 2}
+    assert "Benchmarks: 2 texts, labels and names among them; 2 are too short" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_everything_dropped_is_an_error(tmp_path, tokenizer_folder):
     documents = [Document("short", "en", "test", "1")]
     with pytest.raises(DataError, match="all 1 documents were dropped, most by general.length"):

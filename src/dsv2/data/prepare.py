@@ -207,7 +207,7 @@ def prepare_by_recipe(
         job = Job(recipe, Path(tokenizer), work)
         if benchmarks is not None:
             with tally.timed("hash benchmarks"):
-                grams, key = hash_benchmarks(Path(benchmarks), recipe.contamination, work)
+                grams, key, tally.benchmarks = hash_benchmarks(Path(benchmarks), recipe.contamination, work)
             job = Job(recipe, Path(tokenizer), work, grams, key)
         flow(_watched(documents, progress), job, writer, tally, workers)
         if not tally.documents:

@@ -26,6 +26,7 @@ class Tally:
         documents: written, by domain; likewise ``tokens`` and ``num_bytes``.
         languages: documents written, by domain and language tag.
         turned: documents told as fill-in-the-middle.
+        benchmarks: their ``texts``, and those ``too_short`` to be found in a document; empty where none were given.
         reused: pieces that an interrupted run had finished.
         seconds: of CPU time by step, summed over the processes.
     """
@@ -41,6 +42,7 @@ class Tally:
         self.tokens: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
         self.turned = 0
+        self.benchmarks: dict[str, int] = {}
         self.reused = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._start = perf_counter()
@@ -135,6 +137,7 @@ class Tally:
             "changed": dict(sorted(self.changed.items())),
             "languages": languages,
             "fill_in_the_middle": self.turned,
+            "benchmarks": self.benchmarks,
             "examples": examples,
             "reused_pieces": self.reused,
             "time": {
@@ -171,6 +174,9 @@ class Tally:
             )
         if self.turned:
             yield from ("", f"Told as fill-in-the-middle: {self.turned:,} documents.")
+        if self.benchmarks:
+            texts, short = self.benchmarks["texts"], self.benchmarks["too_short"]
+            yield from ("", f"Benchmarks: {texts:,} texts, labels and names among them; {short:,} are too short to be found in a document.")
 
     def _times(self, workers: int) -> Iterator[str]:
         rate = self.read["bytes"] / 1e6 / max(self.elapsed_s, 1e-9)
