@@ -244,7 +244,7 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Tokenizer to encode with.")],
     out: OutFolder,
     domain: Annotated[
-        str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's name.")
+        str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's or folder's.")
     ] = None,
     invalid_utf8: InvalidUtf8 = "error",
     recipe: Annotated[

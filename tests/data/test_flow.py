@@ -278,3 +278,11 @@ def test_half_of_the_code_is_told_as_fill_in_the_middle(tmp_path, tokenizer_fold
         assert prefix + middle + suffix == text
     assert 0.25 < turned / len(paragraphs["code"]) < 0.75
     assert report_of(tmp_path / "out")["fill_in_the_middle"] == turned
+
+
+def test_a_fim_rate_without_a_domain_for_it_is_told(tmp_path, tokenizer_folder, capsys):
+    recipe = PrepareRecipe.model_validate({"fim": {"rate": 0.5}})
+    prepare_by_recipe([Document("text", "rust", "test", "1")], tokenizer_folder, tmp_path / "out", recipe)
+    assert "fim.rate = 0.5 turned nothing: no domain is of fim.domains = ['code*']; written: rust" in capsys.readouterr().err
+    prepare_by_recipe([Document("text", "code-rust", "test", "1")], tokenizer_folder, tmp_path / "out", recipe)
+    assert "fim.rate" not in capsys.readouterr().err
