@@ -165,10 +165,10 @@ def _verb(*examples: str) -> Callable[[Callable[..., Call]], Callable[..., Call]
     """Make a function the verb of its name; its docstring continues the summary, ``examples`` end the help."""
 
     def register(function: Callable[..., Call]) -> Callable[..., Call]:
-        summary = VERBS[function.__name__].summary
+        summary, more = VERBS[function.__name__].summary, " ".join((function.__doc__ or "").split())
         # \b: leave the lines of this paragraph as they are
         epilog = "\b\n" + "\n".join(["Examples:", *(f"  dsv2 {function.__name__} {example}".rstrip() for example in examples)])
-        return app.command(function.__name__, help=f"{summary}\n\n{function.__doc__}", short_help=summary, epilog=epilog)(function)
+        return app.command(function.__name__, help=f"{summary}\n\n{more}", short_help=summary, epilog=epilog)(function)
 
     return register
 
@@ -244,7 +244,7 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="Tokenizer to encode with.")],
     out: OutFolder,
     domain: Annotated[
-        str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's name.")
+        str | None, typer.Option(metavar="NAME", callback=_text, help="Domain of documents that name none; else the file's or folder's.")
     ] = None,
     invalid_utf8: InvalidUtf8 = "error",
     recipe: Annotated[

@@ -3,6 +3,7 @@
 import errno
 import inspect
 import os
+import re
 import subprocess
 import sys
 import types
@@ -112,6 +113,8 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     assert VERBS[verb].summary in out
+    about = re.split(r"\n(Arguments|Options):", out)[0]
+    assert not re.search(r"\S {2,}\S", about), "the gap of a line break in the source"
     examples = [line.strip() for line in out.partition("Examples:\n")[2].splitlines()]
     assert examples
     for example in examples:

@@ -33,7 +33,7 @@ def test_words_are_runs_of_letters_and_single_han_characters():
     assert reading.ideograph_words().tolist() == [False, False, True, True, False, True, True, False]
     assert reading.lines() == ["Été_1, x2中文ok かな", "", "END"]
     assert (reading.count(DIGIT), reading.count(IDEOGRAPH)) == (2, 4)
-    assert reading.count(LETTER) == 4 + 1 + 2 + 2 + 2 + 3
+    assert reading.count(LETTER) == 3 + 1 + 2 + 2 + 2 + 3, "an underscore is part of a word, and no letter"
 
 
 @pytest.mark.parametrize("text", ["", "\n", " ", "...", "\U0001f600\U0010ffff", "a\n"])
@@ -93,6 +93,11 @@ def test_a_threshold_moves_the_border():
     assert judge_general(read(text), GeneralRules(max_repeated_grams=0.6)) is None
 
 
+@pytest.mark.parametrize(("text", "name"), [("### ###", "general.symbols"), ("!?", None), (" \n", None), ("", None)])
+def test_texts_without_a_word_are_judged_where_the_rules_let_them_come_so_far(text, name):
+    assert rule(judge_general(read(text), GeneralRules(min_words=0, min_letter_share=0))) == name
+
+
 # Code: section 9.1 of the specification ---------------------------------------------------------------------------------------------------
 
 LINE = "x = compute(first, second)  # plain\n"
@@ -109,6 +114,7 @@ CODE = CodeRules()
         ("a" * 1001 + "\n" + LINE * 20, "code.max_line"),
         ("a" * 25 + "1" * 74 + "\n", None),
         ("a" * 24 + "1" * 75 + "\n", "code.letters"),
+        ("a" * 24 + "_" * 75 + "\n", "code.letters"),
         ('<?xml version="1.0"?>\n' + "<name>value</name>\n" * 5, "code.xml"),
         ("text\n" * 20 + '<?xml version="1.0"?>\n', None),
         ('<?xml version="1.0"?>\n<xsl:stylesheet version="1.0">\n' + "<name>value</name>\n" * 5, None),

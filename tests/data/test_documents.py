@@ -80,6 +80,27 @@ def test_domain_comes_from_the_row_then_the_argument_then_the_name(tmp_path, wri
     assert [document.domain for document in read_documents([tmp_path / "web.parquet"])] == ["zh", "web"]
 
 
+@pytest.mark.parametrize(
+    ("names", "domains"),
+    [
+        ("en.jsonl.gz zh.jsonl", "en zh"),
+        ("en-00000.jsonl en-00001.jsonl zh_0.jsonl", "en en zh"),
+        ("part-0.jsonl part-1.jsonl", "web web"),
+        ("000_00001.jsonl 000_00002.jsonl", "web web"),
+        ("train-00000-of-00002.jsonl train-00001-of-00002.jsonl x.txt", "web web web"),
+        ("a.txt en.jsonl zh.v2.jsonl", "web en zh"),
+        ("c4.jsonl pile.jsonl sub/0.jsonl sub/en.jsonl", "c4 pile sub sub"),
+        ("en.jsonl", "web"),
+    ],
+)
+def test_files_of_rows_in_a_folder_go_by_their_names_where_these_tell_domains(tmp_path, write_rows, names, domains):
+    for name in names.split():
+        (tmp_path / "web" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / "web" / name, [{"text": "x"}])
+    assert [document.domain for document in read_documents([tmp_path / "web"])] == domains.split()
+    assert {document.domain for document in read_documents([tmp_path / "web"], domain="all")} == {"all"}
+
+
 def test_parquet_strings_of_every_kind(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):

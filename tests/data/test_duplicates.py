@@ -110,7 +110,7 @@ def benchmarks(tmp_path, write_rows):
 
 def judge(folder, text, rules=None):
     rules = rules or ContaminationRules()
-    return judge_contamination(read(text), Benchmarks.of(benchmark_grams(benchmark_files(folder), rules)), rules)
+    return judge_contamination(read(text), Benchmarks.of(benchmark_grams(benchmark_files(folder), rules).grams), rules)
 
 
 def test_a_shared_run_is_found(benchmarks):
@@ -122,6 +122,13 @@ def test_a_shared_run_is_found(benchmarks):
     assert drop.why == f"1 runs of a benchmark, the first: {', '.join(question[5:18]).upper()}"
     assert judge(benchmarks, prose(2, 13)) is not None
     assert judge(benchmarks, prose(4, 12) + " " + prose(9)) is None, "shorter than the run"
+
+
+def test_texts_too_short_to_be_found_are_counted(benchmarks):
+    hashed = benchmark_grams(benchmark_files(benchmarks), ContaminationRules())
+    assert (hashed.num_texts, hashed.num_short) == (6, 3), "short, half a surrogate pair, and 12 words"
+    hashed = benchmark_grams(benchmark_files(benchmarks), ContaminationRules(words=12))
+    assert (hashed.num_texts, hashed.num_short) == (6, 2)
 
 
 def test_chinese_needs_twenty_characters(benchmarks):

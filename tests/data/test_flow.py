@@ -207,6 +207,10 @@ def test_the_command_line_takes_a_recipe_and_values(tmp_path, planted, tokenizer
     report = report_of(tmp_path / "out")
     assert set(report["dropped"]) == {"duplicates.exact", "contamination.run"}
     assert report["languages"]["zh"].keys() == {"zh"}
+    written = {domain: counts["documents"] for domain, counts in report["written"].items()}
+    assert {domain: sum(tags.values()) for domain, tags in report["languages"].items()} == written, "duplicates are not among them"
+    texts = {f"{document.source}: {document.location}": document.text for document in read_documents([planted[0] / "in"])}
+    assert {item["text"] == texts[item["place"]][: pieces.EXCERPT] for items in report["examples"].values() for item in items} == {True}
     shown = (tmp_path / "out" / "report.md").read_text()
     assert "| dropped: duplicates.exact | 12 |" in shown
     assert "CPU seconds" in shown
@@ -216,8 +220,25 @@ def test_the_command_line_takes_a_recipe_and_values(tmp_path, planted, tokenizer
     capsys.readouterr()
     assert main([*line, "duplicates.exakt=true"]) == 2
     assert "did you mean 'duplicates.exact'" in capsys.readouterr().err
+    assert main([*line, 'personal.kinds=["ip", "emial"]']) == 2
+    assert "did you mean 'email'" in capsys.readouterr().err
+    assert main([*line, "fim.seed=18446744073709551616"]) == 2, "cut() makes 8 bytes of it"
+    assert "allowed: less than 18446744073709551616" in capsys.readouterr().err
     assert main([*line, "--recipe", "clena"]) == 2
     assert "did you mean 'clean'" in capsys.readouterr().err
+
+
+def test_benchmarks_too_short_to_be_found_are_told(tmp_path, tokenizer_folder, write_rows, capsys):
+    documents = [Document("one two three", "en", "test", "1")]
+    (tmp_path / "bench").mkdir()
+    write_rows(tmp_path / "bench" / "a.jsonl", [{"question": "one two three", "answer": "B"}])
+    hashed = [flow.hash_benchmarks(tmp_path / "bench", EXACT.contamination, tmp_path) for _ in range(2)]
+    assert hashed[0] == hashed[1], "also where they were hashed before"
+    capsys.readouterr()
+    prepare_by_recipe(documents, tokenizer_folder, tmp_path / "out", PrepareRecipe(), benchmarks=tmp_path / "bench")
+    assert "keeps no document out: none of its 2 texts holds a run of 13 words" in capsys.readouterr().err
+    assert report_of(tmp_path / "out")["benchmarks"] == {"texts": 2, "too_short": 2}
+    assert "Benchmarks: 2 texts, labels and names among them; 2 are too short" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_everything_dropped_is_an_error(tmp_path, tokenizer_folder):
@@ -257,3 +278,11 @@ def test_half_of_the_code_is_told_as_fill_in_the_middle(tmp_path, tokenizer_fold
         assert prefix + middle + suffix == text
     assert 0.25 < turned / len(paragraphs["code"]) < 0.75
     assert report_of(tmp_path / "out")["fill_in_the_middle"] == turned
+
+
+def test_a_fim_rate_without_a_domain_for_it_is_told(tmp_path, tokenizer_folder, capsys):
+    recipe = PrepareRecipe.model_validate({"fim": {"rate": 0.5}})
+    prepare_by_recipe([Document("text", "rust", "test", "1")], tokenizer_folder, tmp_path / "out", recipe)
+    assert "fim.rate = 0.5 turned nothing: no domain is of fim.domains = ['code*']; written: rust" in capsys.readouterr().err
+    prepare_by_recipe([Document("text", "code-rust", "test", "1")], tokenizer_folder, tmp_path / "out", recipe)
+    assert "fim.rate" not in capsys.readouterr().err

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2.config import load_recipe
 from dsv2.data.loader import Loader
-from dsv2.data.mixture import BLOCK, Mixture, MixtureRules, weights_of_epochs
+from dsv2.data.mixture import BLOCK, Mixture, MixtureRules
 from dsv2.errors import ConfigError
 
 SEQ_LEN = 4
@@ -88,23 +89,46 @@ def test_weights_are_rounded_but_nothing_is_lost(shards):
     assert sum(mixture(shards, {"weights": {"code": 1, "en": 1, "zh": 1}})._quotas[0]) == BLOCK
 
 
-def test_epochs_as_weights(shards):
-    weights = weights_of_epochs(shards, {"en": 1, "zh": 4})
-    assert weights == {"en": pytest.approx(50 / 78), "zh": pytest.approx(28 / 78)}
+def test_epochs_give_the_weights_and_the_length(shards):
+    mixed = mixture(shards, {"epochs": {"en": 12, "code": 80}}, {"epochs": {"zh": 143}}, {"epochs": {"code": 1}})
+    assert Counter(domains_of(mixed, 0, BLOCK)) == {"en": 200, "code": 800}, "12 x 50 rows and 80 x 30 rows, in all 3000"
+    assert mixed.epochs(3 * BLOCK) == {"code": 80, "en": 12, "zh": 0}
+    assert [mixed.stage(n * BLOCK) for n in range(7)] == [0, 0, 0, 1, 1, 2, 2], "143 x 7 samples are rounded up to 2000"
+    assert mixed.epochs(9 * BLOCK)["code"] == pytest.approx(80 + 4000 / 30), "the last stage lasts to the end"
+    timed = mixture(shards, {"epochs": {"en": 12, "code": 80}, "tokens": 9000 * SEQ_LEN}, {"weights": {"zh": 1}})
+    assert timed.epochs(9 * BLOCK) == {"code": 240, "en": 36, "zh": 0}
+    assert timed.stage(9 * BLOCK) == 1
 
 
 @pytest.mark.parametrize(
     ("stages", "says"),
-    [
-        ([{"weights": {"fr": 1}}], "no domain 'fr'"),
-        ([{"weights": {"en": 0}}], "at least one must be above 0"),
-        ([{"weights": {"en": 1}}, {"weights": {"zh": 1}}], "every stage but the last needs its tokens"),
-        ([], "there must be one"),
-    ],
-)
-def test_wrong_rules_are_refused(shards, stages, says):
+    [([{"weights": {"fr": 1}}], "no domain 'fr'"), ([{"weights": {"en": 0}}], "weights = .* at least one must be above 0"),
+     ([{"epochs": {"en": 0}}], "epochs = .* at least one must be above 0")],
+)  # fmt: skip
+def test_what_does_not_fit_the_shards_is_refused(shards, stages, says):
     with pytest.raises(ConfigError, match=says):
         mixture(shards, *stages)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            "stages = [{weights = {en = 1}}, {weights = {zh = 1}}]",
+            "stages.0 has weights and no tokens; only the last",
+        ),
+        ("stages = [{tokens = 5, weights = {en = 1}}]", r"stages.0.tokens = 5; the last stage lasts to the end: leave its tokens out"),
+        ("stages = [{epochs = {en = 1}}, {tokens = 7, epochs = {zh = 1}}]", "stages.1.tokens = 7; the last stage lasts to the end"),
+        ("stages = []", "stages is empty; at least one stage is needed"),
+        ("max_epochs = {zh = 4}", "the key 'stages' is missing"),
+        ("stages = [{weights = {en = 1}, epochs = {en = 1}}]", "stages.0: both of weights and epochs"),
+        ("stages = [{tokens = 5}]", "stages.0: neither of weights and epochs"),
+    ],
+)
+def test_wrong_rules_are_refused_with_the_recipe(tmp_path, recipe, says):
+    (tmp_path / "recipe.toml").write_text(recipe)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(str(tmp_path / "recipe.toml"), MixtureRules, folder="pretrain")
 
 
 def test_too_many_epochs_are_refused(shards):

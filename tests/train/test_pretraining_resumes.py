@@ -83,6 +83,9 @@ def test_a_mixture_is_read_and_too_many_epochs_are_refused(corpus, tmp_path, cap
     assert "epochs by domain: a " in capsys.readouterr().err
     assert torch.equal(one, same)
     assert not torch.equal(one, plain)
+    long = {"mixture": {"stages": [{"epochs": {"a": 10_000}}, {"weights": {"b": 1}}]}, "run": RECIPE["run"] | {"tokens": 256}}
+    pretrain(PretrainRecipe.model_validate(RECIPE | long), corpus, tmp_path / "long")
+    assert "ends in stage 1 of 2" in " ".join(capsys.readouterr().err.split())
     refused = {"mixture": {"stages": [{"weights": {"a": 1}}], "max_epochs": {"a": 0.5}}}
     with pytest.raises(ConfigError, match="a would be read .* times; at most 0.5"):
         pretrain(PretrainRecipe.model_validate(RECIPE | refused), corpus, tmp_path / "refused")

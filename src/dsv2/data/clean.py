@@ -67,12 +67,15 @@ def _words(reading: Reading, rules: GeneralRules) -> Drop | None:
         return Drop("general.letters", f"{share:.2f} of the characters are letters; at least {rules.min_letter_share}")
     symbols = reading.text.count("#") + reading.text.count("...") + reading.text.count("…")
     if symbols > rules.max_symbols_per_word * len(ideographs):
-        return Drop("general.symbols", f"{symbols / len(ideographs):.2f} # and ellipses a word; at most {rules.max_symbols_per_word}")
+        seen = f"{symbols} # and ellipses in {len(ideographs)} words"
+        return Drop("general.symbols", f"{seen}; at most {rules.max_symbols_per_word} a word are allowed")
     return None
 
 
 def _lines(reading: Reading, rules: GeneralRules) -> Drop | None:
     lines = [line for line in (line.strip() for line in reading.lines()) if line]
+    if not lines:
+        return None
     bullets = sum(line.startswith(BULLETS) for line in lines) / len(lines)
     if bullets > rules.max_bullet_lines:
         return Drop("general.bullets", f"{bullets:.2f} of the lines begin with a bullet; at most {rules.max_bullet_lines}")

@@ -2,7 +2,7 @@
 
 The grams of a folder of benchmarks are hashed once into a sorted file, which every process maps. A bitmap in front of it turns away
 nearly all grams of a document at one memory access each; what passes is looked up exactly. So the false positives are those of a 64-bit
-hash. A benchmark text that is shorter than the run is not found: it would be found everywhere.
+hash. A benchmark text that is shorter than the run is not found, since it would be found everywhere; how many those are is counted.
 """
 
 import json
@@ -66,6 +66,21 @@ class Benchmarks:
         return cls(grams, bitmap)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HashedTexts:
+    """What the strings of the benchmarks gave, labels and names among them.
+
+    Attributes:
+        grams: hashes of their runs, sorted.
+        num_texts: strings, each once a file.
+        num_short: of them those without a run: no document can be found by them.
+    """
+
+    grams: UInt64[np.ndarray, "grams"]
+    num_texts: int
+    num_short: int
+
+
 def benchmark_files(folder: Path) -> list[Path]:
     """Return the .jsonl files of a folder, also with .gz or .zst, sorted.
 
@@ -80,13 +95,13 @@ def benchmark_files(folder: Path) -> list[Path]:
     return files
 
 
-def benchmark_grams(files: Sequence[Path], rules: ContaminationRules) -> UInt64[np.ndarray, "grams"]:
-    """Return the sorted hashes of all runs in the strings of all rows.
+def benchmark_grams(files: Sequence[Path], rules: ContaminationRules) -> HashedTexts:
+    """Hash all runs in the strings of all rows.
 
     Raises:
         DataError: a file is damaged.
     """
-    grams = [np.zeros(0, dtype=np.uint64)]
+    grams, num_texts, num_long = [np.zeros(0, dtype=np.uint64)], 0, 0
     for file in files:
         with file.open("rb") as raw:
             compression = file.suffix if file.suffix in DECOMPRESS else ""
@@ -94,9 +109,13 @@ def benchmark_grams(files: Sequence[Path], rules: ContaminationRules) -> UInt64[
                 rows = [json.loads(line) for line in split_lines(DECOMPRESS[compression](raw)) if line.strip()]
             except (EOFError, OSError, ValueError) as error:
                 raise DataError(f"{file} is damaged: {error}", hint="fetch the benchmark again or leave it out") from error
-        texts = sorted({text for row in rows for text in _strings(row) if len(text) >= min(rules.words, rules.ideographs)})
-        grams += [_grams_of_many(batch, rules) for batch in _batches(texts)]
-    return np.unique(np.concatenate(grams))
+        texts = {text for row in rows for text in _strings(row)}
+        num_texts += len(texts)
+        for batch in _batches(sorted(text for text in texts if len(text) >= min(rules.words, rules.ideographs))):
+            found, with_runs = _grams_of_many(batch, rules)
+            grams.append(found)
+            num_long += with_runs
+    return HashedTexts(np.unique(np.concatenate(grams)), num_texts, num_texts - num_long)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -110,15 +129,16 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _grams_of_many(texts: Sequence[str], rules: ContaminationRules) -> UInt64[np.ndarray, "grams"]:
-    """Return the distinct runs of short texts: read as one, but no run goes from one text to the next."""
+def _grams_of_many(texts: Sequence[str], rules: ContaminationRules) -> tuple[UInt64[np.ndarray, "grams"], int]:
+    """Return the distinct runs of short texts, and how many texts have one: read as one, but no run goes from one text to the next."""
     reading = read("\n".join(texts))
     grams, firsts, lengths = _grams(reading, rules)
     if len(grams) == 0:
-        return grams
+        return grams, 0
     begins = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])])
     owner = np.searchsorted(begins, reading.word_starts, side="right")
-    return np.unique(grams[owner[firsts] == owner[firsts + lengths - 1]])
+    within = owner[firsts] == owner[firsts + lengths - 1]
+    return np.unique(grams[within]), len(np.unique(owner[firsts[within]]))
 
 
 def judge_contamination(reading: Reading, benchmarks: Benchmarks, rules: ContaminationRules) -> Drop | None:

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -27,6 +27,7 @@ Layout = Literal["text", "jsonl", "parquet", "unknown"]
 
 READABLE = ".txt, .md, .jsonl (each also with .gz or .zst) and .parquet"
 REPLACEMENT = "\ufffd"
+SHARD_NUMBER = re.compile(r"(?:^|[-_])\d+(?:(?:-of)?[-_]\d+)*$")  # of a file's name: en-00001, train-00000-of-00008
 SURROGATES = re.compile("[\ud800-\udfff]")
 REPLACE_HINT = "convert it to UTF-8, or let what is invalid be replaced and counted: --invalid-utf8 replace"
 # All control characters but those that text uses: backspace, tab, line feed, vertical tab, form feed, carriage return, escape.
@@ -231,8 +232,9 @@ def read_documents(paths: Sequence[str | Path], *, domain: str | None = None, in
     """Return the documents of files and folders as a stream that reads lazily.
 
     A folder is read recursively in sorted order; hidden files are left out and files of another kind are counted as ignored. A
-    document's domain is its row's field ``domain``, else the argument, else the name of the file; within a folder it is the name of
-    the first sub-folder, or of the folder itself.
+    document's domain is its row's field ``domain``, else the argument, else the name of the file. In a folder it is the name of the
+    first sub-folder, or of the folder itself; but the .jsonl and .parquet files that lie in the folder itself go by their own names
+    where these differ in more than the number of a shard: en-0.jsonl, en-1.jsonl and zh.jsonl are en and zh.
 
     Args:
         paths: files, folders, or "-" for stdin, which is .jsonl when its first character is "{" and one text otherwise.
@@ -277,14 +279,25 @@ def _files_of(folder: Path, domain: str | None) -> tuple[list[SourceFile], int]:
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    files: list[SourceFile | None] = []
+    files: list[SourceFile] = []
+    others = 0
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inner = Path(here).relative_to(folder).parts
         default = domain or (inner[0] if inner else folder.resolve().name)
-        files += [_source_file(Path(here, name), default) for name in sorted(names) if not name.startswith(".")]
-    found = [file for file in files if file is not None]
-    return found, len(files) - len(found)
+        read = [_source_file(Path(here, name), default) for name in sorted(names) if not name.startswith(".")]
+        found = [file for file in read if file is not None]
+        files += found if inner or domain else _by_their_names(found)
+        others += len(read) - len(found)
+    return files, others
+
+
+def _by_their_names(files: list[SourceFile]) -> list[SourceFile]:
+    """Return the files of one folder, those of rows with the domains that their names tell, if the names tell several."""
+    names = [SHARD_NUMBER.sub("", file.path.name.split(".")[0]) if file.path and file.layout != "text" else None for file in files]
+    if len(set(names) - {None}) < 2:
+        return files
+    return [replace(file, domain=name or file.domain) for file, name in zip(files, names, strict=True)]
 
 
 def _source_file(path: Path, domain: str) -> SourceFile | None:

@@ -7,6 +7,7 @@ duplicates. Only the order of the sources has a say in the result, not the numbe
 """
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -30,7 +31,8 @@ from dsv2.data.recipe import ContaminationRules, PrepareRecipe
 from dsv2.data.shards import ShardWriter
 from dsv2.data.tally import Tally
 from dsv2.errors import DataError
-from dsv2.files import atomic_file, disk_errors, sha256_of
+from dsv2.files import atomic_file, atomic_write_json, disk_errors, sha256_of
+from dsv2.progress import console
 
 PIECE_CHARACTERS = 1 << 20
 AHEAD = 3  # pieces on their way for each process and step
@@ -59,8 +61,11 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def hash_benchmarks(folder: Path, rules: ContaminationRules, work: Path) -> tuple[Path, str]:
-    """Hash the grams of a folder of benchmarks into the work folder, unless they are there; return the file and its hash.
+def hash_benchmarks(folder: Path, rules: ContaminationRules, work: Path) -> tuple[Path, str, dict[str, int]]:
+    """Hash the grams of a folder of benchmarks into the work folder, unless they are there; warn when there is none.
+
+    Returns:
+        The file, its hash, and how many ``texts`` the benchmarks have and how many are ``too_short`` to be found.
 
     Raises:
         DataError: the folder holds no benchmark, or a damaged one.
@@ -68,10 +73,18 @@ def hash_benchmarks(folder: Path, rules: ContaminationRules, work: Path) -> tupl
     files = benchmark_files(folder)
     key = hashlib.sha256(rules.model_dump_json().encode() + b"".join(bytes.fromhex(sha256_of(file)) for file in files)).hexdigest()
     path = work / f"benchmarks-{key[:40]}.npy"
-    if not path.is_file():
+    counts_path = path.with_suffix(".json")
+    if not (path.is_file() and counts_path.is_file()):
+        hashed = benchmark_grams(files, rules)
         with atomic_file(path, clear=False) as temporary:
-            Benchmarks.of(benchmark_grams(files, rules)).save(temporary)
-    return path, key
+            Benchmarks.of(hashed.grams).save(temporary)
+        atomic_write_json(counts_path, {"texts": hashed.num_texts, "too_short": hashed.num_short})
+    counts: dict[str, int] = json.loads(counts_path.read_text(encoding="utf-8"))
+    if counts["texts"] == counts["too_short"]:
+        wanted = f"{rules.words} words or {rules.ideographs} Han characters"
+        warning = f"WARNING: {folder} keeps no document out: none of its {counts['texts']} texts holds a run of {wanted}"
+        console().print(f"{warning}; contamination.words and contamination.ideographs set how many", markup=False, soft_wrap=True)
+    return path, key, counts
 
 
 def flow(documents: Iterable[Document], job: Job, writer: ShardWriter, tally: Tally, workers: int) -> None:

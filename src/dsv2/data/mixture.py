@@ -1,16 +1,15 @@
-"""How much of each domain a run reads: weights, in stages by tokens, as a function of the sample's number alone.
+"""How much of each domain a run reads: weights or epochs, in stages, as a function of the sample's number alone.
 
 Samples go in blocks of 1000. Every block of a stage holds each domain as often as its weight says, in an order of its own; a domain's
 rows are shuffled anew in each of its epochs. So the n-th sample is computed, not remembered: the resume state stays one integer, and
 neither the batch size nor the number of ranks has a say.
 """
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsv2.config import Section
 from dsv2.data.order import permute
@@ -19,23 +18,50 @@ from dsv2.data.shards import TokenShards
 from dsv2.errors import ConfigError, did_you_mean
 
 BLOCK = 1000  # samples; the finest weight is 1 / BLOCK
+Amounts = dict[str, Annotated[float, Field(ge=0)]]  # by domain
 
 
 class MixtureStage(Section):
-    """A part of the curriculum."""
+    """A part of the curriculum, by weights or by epochs."""
 
-    tokens: int | None = Field(default=None, ge=1, description="How long it lasts, rounded up to 1000 samples; without it, to the end.")
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(description="Share of the samples, by domain; any positive sum.")
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="How long it lasts, rounded up to 1000 samples; without it, as long as its epochs make. Not of the last.",
+    )
+    weights: Amounts | None = Field(default=None, description="Share of the samples, by domain; any positive sum.")
+    epochs: Amounts | None = Field(
+        default=None,
+        description="Instead of weights: how often the stage reads each domain, or in which proportion where its length is given.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixtureStage":
+        if (self.weights is None) == (self.epochs is None):
+            raise ValueError(f"{'neither' if self.weights is None else 'both'} of weights and epochs; a stage takes exactly one of them")
+        return self
 
 
 class MixtureRules(Section):
-    """What is read how often. Without stages every row is read once an epoch."""
+    """What is read how often."""
 
-    stages: tuple[MixtureStage, ...] = Field(default=(), description="In order; the last lasts to the end.")
+    stages: tuple[MixtureStage, ...] = Field(description="At least one, in order; the last lasts to the end of the run.")
     max_epochs: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="How often a domain may be read; a run that would read it more often is refused.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "MixtureRules":
+        if not self.stages:
+            raise ValueError("stages is empty; at least one stage is needed")
+        for number, stage in enumerate(self.stages[:-1]):
+            if stage.tokens is None and stage.epochs is None:
+                raise ValueError(f"stages.{number} has weights and no tokens; only the last stage lasts to the end")
+        if self.stages[-1].tokens is not None:
+            last = f"stages.{len(self.stages) - 1}.tokens = {self.stages[-1].tokens}"
+            raise ValueError(f"{last}; the last stage lasts to the end: leave its tokens out, run.tokens says how long the run is")
+        return self
 
 
 class Mixture:
@@ -44,11 +70,11 @@ class Mixture:
     Args:
         shards: where the tokens lie.
         seq_len: T, tokens in a row.
-        rules: at least one stage.
+        rules: its stages.
         seed: of the order; 0 to 2**64 - 1.
 
     Raises:
-        ConfigError: a stage names a domain that there is not, all its weights are 0, or only the last stage may last to the end.
+        ConfigError: a stage names a domain that there is not, or all its weights or epochs are 0.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, rules: MixtureRules, *, seed: int) -> None:
@@ -58,12 +84,14 @@ class Mixture:
         self._seed = seed
         self._rows = [Rows(shards, seq_len, domain) for domain in self.domains]
         self._bounds = np.cumsum([0, *map(len, self._rows)])
-        self._quotas = np.array([self._quota(stage) for stage in rules.stages], dtype=np.int64)
-        lasts = [None if stage.tokens is None else -(-stage.tokens // (seq_len * BLOCK)) for stage in rules.stages]
-        if None in lasts[:-1] or not lasts:
-            raise ConfigError("mixture.stages: every stage but the last needs its tokens, and there must be one")
+        shares = [self._shares(stage) for stage in rules.stages]
+        self._quotas = np.array([_quotas(share) for share in shares], dtype=np.int64)
+        made = [
+            max(1, round(sum(share))) if stage.tokens is None else -(-stage.tokens // seq_len)
+            for stage, share in zip(rules.stages, shares, strict=True)
+        ]
         # First block of each stage, and how many samples of each domain lie before it; the last stage has no end.
-        self._begins = np.cumsum([0, *(last for last in lasts[:-1] if last is not None)])
+        self._begins = np.cumsum([0, *(-(-samples // BLOCK) for samples in made[:-1])])
         lens = np.diff(self._begins)
         self._before = np.cumsum(
             np.concatenate([np.zeros((1, len(self.domains)), dtype=np.int64), self._quotas[:-1] * lens[:, None]]), axis=0
@@ -110,7 +138,7 @@ class Mixture:
             if found[domain] > most:
                 raise ConfigError(
                     f"mixture.max_epochs: {domain} would be read {found[domain]:.2f} times; at most {most}",
-                    hint="lower its weight, train on fewer tokens, or prepare more of it",
+                    hint="lower its weight or epochs, train on fewer tokens, or prepare more of it",
                 )
         return found
 
@@ -147,31 +175,28 @@ class Mixture:
         domains, _ = self._turns(np.arange(num_samples - rest, num_samples, dtype=np.int64))
         return np.asarray(whole + np.bincount(domains, minlength=len(self.domains)))
 
-    def _quota(self, stage: MixtureStage) -> list[int]:
-        """Return how many of a block's samples each domain has: the weights to the nearest 1/1000, one at least where there is any."""
-        for domain in stage.weights:
+    def _shares(self, stage: MixtureStage) -> list[float]:
+        """Return in which proportion a stage reads the domains; with epochs, how many samples of each they make."""
+        kind, given = ("weights", stage.weights) if stage.epochs is None else ("epochs", stage.epochs)
+        given = given or {}
+        for domain in given:
             self._require(domain)
-        total = sum(stage.weights.values())
-        if total <= 0:
-            raise ConfigError(f"mixture.stages: weights = {stage.weights}; at least one must be above 0")
-        exact = [stage.weights.get(domain, 0.0) / total * BLOCK for domain in self.domains]
-        quotas = [max(int(share), 1) if share > 0 else 0 for share in exact]
-        order = sorted(range(len(exact)), key=lambda number: (quotas[number] - exact[number], number))  # who is furthest below its share
-        for number in order[: max(BLOCK - sum(quotas), 0)]:
-            quotas[number] += 1
-        quotas[int(np.argmax(quotas))] += BLOCK - sum(quotas)  # below 0 only where many tiny weights got one each
-        return quotas
+        if sum(given.values()) <= 0:
+            raise ConfigError(f"mixture.stages: {kind} = {given}; at least one must be above 0")
+        sizes = [1 if stage.epochs is None else len(rows) for rows in self._rows]
+        return [given.get(domain, 0.0) * size for domain, size in zip(self.domains, sizes, strict=True)]
 
     def _require(self, domain: str) -> None:
         if domain not in self.domains:
             raise ConfigError(f"mixture: there is no domain {domain!r} in the shards", hint=did_you_mean(domain, self.domains))
 
 
-def weights_of_epochs(shards: TokenShards, epochs: Mapping[str, float]) -> dict[str, float]:
-    """Return the weights with which each domain is read so many times in a run of as many tokens as that makes.
-
-    Raises:
-        DataError: there is no such domain.
-    """
-    tokens = {domain: count * shards.num_tokens(domain) for domain, count in epochs.items()}
-    return {domain: count / sum(tokens.values()) for domain, count in tokens.items()}
+def _quotas(shares: list[float]) -> list[int]:
+    """Return how many of a block's samples each domain has: its share to the nearest 1/1000, one at least where there is any."""
+    exact = [share / sum(shares) * BLOCK for share in shares]
+    quotas = [max(int(share), 1) if share > 0 else 0 for share in exact]
+    order = sorted(range(len(exact)), key=lambda number: (quotas[number] - exact[number], number))  # who is furthest below its share
+    for number in order[: max(BLOCK - sum(quotas), 0)]:
+        quotas[number] += 1
+    quotas[int(np.argmax(quotas))] += BLOCK - sum(quotas)  # below 0 only where many tiny weights got one each
+    return quotas

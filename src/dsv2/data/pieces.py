@@ -30,8 +30,8 @@ from dsv2.data.repair import mask, mend
 from dsv2.files import atomic_write
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-VERSION = b"dsv2-pieces-1"  # changes with what the steps do
-EXCERPT = 160  # characters of a dropped document that are kept for the report
+VERSION = b"dsv2-pieces-2"  # changes with what the steps do
+EXCERPT = 160  # characters of a document that are kept for the report
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A document that passed the rules; ``digest`` is 32 hex digits."""
+    """A document that passed the rules; ``digest`` is 32 hex digits, ``excerpt`` what the report quotes should it be a duplicate."""
 
     domain: str
     place: str
@@ -63,6 +63,7 @@ class Kept:
     digest: str
     num_bytes: int
     signed: bool
+    excerpt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ class Workbench:
                 hexed = digest(text).hex() if recipe.duplicates.exact else ""
             if signed is not None:
                 signatures.append(signed)
-            kept.append(Kept(document.domain, place, language, hexed, len(data), signed is not None))
+            kept.append(Kept(document.domain, place, language, hexed, len(data), signed is not None, text[:EXCERPT]))
             texts.append(data)
         stacked = np.stack(signatures) if signatures else np.zeros((0, max(self._width, 1)), dtype=np.uint32)
         return Cleaned(key, tuple(kept), tuple(dropped), dict(changed), seconds, stacked), texts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from dsv2.config import load_recipe
+from dsv2.data.clean import is_of
 from dsv2.data.documents import Document, DocumentStream, InvalidUtf8, in_pieces, read_documents
 from dsv2.data.flow import flow, hash_benchmarks, require_extras, working_in
 from dsv2.data.pieces import Job
@@ -16,7 +17,7 @@ from dsv2.data.shards import SHARD_TOKENS, ShardWriter, refuse_foreign_files
 from dsv2.data.tally import Tally
 from dsv2.errors import ConfigError, DataError
 from dsv2.files import atomic_folder
-from dsv2.progress import Bar, bar, table
+from dsv2.progress import Bar, bar, console, table
 from dsv2.tokenizer.specials import FIM_BEGIN
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import Compression, train_tokenizer
@@ -207,7 +208,7 @@ def prepare_by_recipe(
         job = Job(recipe, Path(tokenizer), work)
         if benchmarks is not None:
             with tally.timed("hash benchmarks"):
-                grams, key = hash_benchmarks(Path(benchmarks), recipe.contamination, work)
+                grams, key, tally.benchmarks = hash_benchmarks(Path(benchmarks), recipe.contamination, work)
             job = Job(recipe, Path(tokenizer), work, grams, key)
         flow(_watched(documents, progress), job, writer, tally, workers)
         if not tally.documents:
@@ -215,6 +216,9 @@ def prepare_by_recipe(
                 f"an empty corpus: all {tally.read['documents']} documents were dropped, most by {tally.commonest()}",
                 hint="loosen that rule in the recipe, or give other documents",
             )
+        if recipe.fim.rate > 0 and not any(is_of(name, recipe.fim.domains) for name in tally.documents):
+            missed = f"WARNING: fim.rate = {recipe.fim.rate} turned nothing: no domain is of fim.domains = {list(recipe.fim.domains)}"
+            console().print(f"{missed}; written: {', '.join(sorted(tally.documents)[:8])}", markup=False, soft_wrap=True)
         writer.attach("report.json", tally.json(workers))
         writer.attach("report.md", tally.markdown(workers))
     skipped, replaced, ignored = _left_out(documents)

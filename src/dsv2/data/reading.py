@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
 from dsv2.data.order import mix
 
-BLANK, LETTER, DIGIT, IDEOGRAPH = 1, 2, 4, 8  # bits of a class; an ideograph is a letter, too
+BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE = 1, 2, 4, 8, 16  # bits of a class; an ideograph is a letter, too
 TABLE = 0x32400  # no letter lies above
 _IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +27,7 @@ class Reading:
     Attributes:
         text: as it was given.
         codes: code point of each character.
-        classes: of each character, bits of BLANK, LETTER, DIGIT, IDEOGRAPH.
+        classes: of each character, bits of BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE.
         word_starts: place of each word's first character.
         word_lens: characters in each word.
         word_hashes: of each word, whatever its case.
@@ -63,7 +63,7 @@ def read(text: str) -> Reading:
     classes_of, hash_of = _tables()
     clipped = np.minimum(codes, TABLE - 1)
     classes = classes_of[clipped]
-    in_word = (classes & (LETTER | DIGIT)) > 0
+    in_word = (classes & (LETTER | DIGIT | UNDERSCORE)) > 0
     alone = (classes & IDEOGRAPH) > 0
     before_word, before_alone = np.zeros_like(in_word), np.zeros_like(alone)
     before_word[1:], before_alone[1:] = in_word[:-1], alone[:-1]
@@ -104,7 +104,7 @@ def _tables() -> tuple[UInt8[np.ndarray, "codes"], UInt64[np.ndarray, "codes"]]:
     lower = np.arange(TABLE, dtype=np.uint64)
     for code in range(TABLE):
         character = chr(code)
-        if character.isalpha() or character == "_":
+        if character.isalpha():
             classes[code] = LETTER
             small = character.lower()
             if len(small) == 1:
@@ -113,6 +113,7 @@ def _tables() -> tuple[UInt8[np.ndarray, "codes"], UInt64[np.ndarray, "codes"]]:
             classes[code] = BLANK
         elif character.isdigit():
             classes[code] = DIGIT
+    classes[ord("_")] = UNDERSCORE
     for low, high in _IDEOGRAPHS:
         block = classes[low : high + 1]
         block[block == LETTER] |= IDEOGRAPH

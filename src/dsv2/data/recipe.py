@@ -1,8 +1,12 @@
 """The recipe of ``dsv2 prepare``: which rules are on, and their thresholds. Every rule is off until a recipe turns it on."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from dsv2.config import Section
+
+PersonalKind = Literal["email", "ip", "phone"]
 
 
 class EncodingRules(Section):
@@ -16,7 +20,7 @@ class PersonalRules(Section):
     """Personal data, each replaced by its kind in brackets."""
 
     enabled: bool = Field(default=False, description="Replace personal data, such as an e-mail address by [email].")
-    kinds: tuple[str, ...] = Field(default=("email", "ip", "phone"), description="What is replaced; of email, ip, phone.")
+    kinds: tuple[PersonalKind, ...] = Field(default=("email", "ip", "phone"), description="What is replaced; of email, ip, phone.")
 
 
 class GeneralRules(Section):
@@ -100,9 +104,13 @@ class ContaminationRules(Section):
 class FimRules(Section):
     """Fill-in-the-middle, of whole documents before they are packed."""
 
-    rate: float = Field(default=0.0, ge=0, le=1, description="Share of the documents that are turned; Coder-V2-Lite 0.5, Coder-V2 0.")
-    domains: tuple[str, ...] = Field(default=("code*",), description="Which domains are turned; * stands for anything.")
-    seed: int = Field(default=0, ge=0, description="Of the choice and of the cuts.")
+    rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the documents of its domains that are turned; Coder-V2-Lite 0.5, Coder-V2 0."
+    )
+    domains: tuple[str, ...] = Field(
+        default=("code*",), description="Which domains; * stands for anything. Code alone is our reading of the report."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**64, description="Of the choice and of the cuts.")
 
 
 class PrepareRecipe(Section):

@@ -23,9 +23,10 @@ class Tally:
         drop_bytes: their length as UTF-8, by rule.
         examples: the first few documents that each rule dropped.
         changed: documents in which an encoding was mended and items masked, by kind.
-        languages: documents kept by the rules, by domain and language tag.
         documents: written, by domain; likewise ``tokens`` and ``num_bytes``.
+        languages: documents written, by domain and language tag.
         turned: documents told as fill-in-the-middle.
+        benchmarks: their ``texts``, and those ``too_short`` to be found in a document; empty where none were given.
         reused: pieces that an interrupted run had finished.
         seconds: of CPU time by step, summed over the processes.
     """
@@ -41,6 +42,7 @@ class Tally:
         self.tokens: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
         self.turned = 0
+        self.benchmarks: dict[str, int] = {}
         self.reused = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._start = perf_counter()
@@ -74,11 +76,10 @@ class Tally:
         self._add_seconds(piece.seconds)
         for item in piece.dropped:
             self._drop(item)
-        self.languages.update((item.domain, item.language) for item in piece.kept if item.language)
 
     def duplicate(self, item: Kept, drop: Drop) -> None:
         """Count a document that is a duplicate."""
-        self._drop(Dropped(item.domain, item.place, drop.rule, drop.why, item.num_bytes, ""))
+        self._drop(Dropped(item.domain, item.place, drop.rule, drop.why, item.num_bytes, item.excerpt))
 
     def _drop(self, item: Dropped) -> None:
         self.drops[item.rule] += 1
@@ -92,6 +93,8 @@ class Tally:
         self.documents[item.domain] += 1
         self.tokens[item.domain] += num_tokens
         self.num_bytes[item.domain] += item.num_bytes
+        if item.language:
+            self.languages[item.domain, item.language] += 1
 
     def encoded(self, piece: Encoded) -> None:
         """Count what encoding a piece took."""
@@ -134,6 +137,7 @@ class Tally:
             "changed": dict(sorted(self.changed.items())),
             "languages": languages,
             "fill_in_the_middle": self.turned,
+            "benchmarks": self.benchmarks,
             "examples": examples,
             "reused_pieces": self.reused,
             "time": {
@@ -170,6 +174,9 @@ class Tally:
             )
         if self.turned:
             yield from ("", f"Told as fill-in-the-middle: {self.turned:,} documents.")
+        if self.benchmarks:
+            texts, short = self.benchmarks["texts"], self.benchmarks["too_short"]
+            yield from ("", f"Benchmarks: {texts:,} texts, labels and names among them; {short:,} are too short to be found in a document.")
 
     def _times(self, workers: int) -> Iterator[str]:
         rate = self.read["bytes"] / 1e6 / max(self.elapsed_s, 1e-9)

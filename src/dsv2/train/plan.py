@@ -39,9 +39,11 @@ def print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, rows
 
 def _describe_data(recipe: PretrainRecipe, corpus: Corpus, rows: Rows | Mixture) -> str:
     tokens = corpus.train.num_tokens()
-    if isinstance(rows, Mixture):
-        read = rows.epochs(-(-recipe.run.tokens // recipe.run.seq_len))
-        return f"{tokens:,} tokens; epochs by domain: {', '.join(f'{domain} {count:.2f}' for domain, count in read.items())}"
+    if isinstance(rows, Mixture) and recipe.mixture is not None:
+        samples, stages = -(-recipe.run.tokens // recipe.run.seq_len), len(recipe.mixture.stages)
+        read = ", ".join(f"{domain} {count:.2f}" for domain, count in rows.epochs(samples).items())
+        last = rows.stage(samples - 1) + 1
+        return f"{tokens:,} tokens; epochs by domain: {read}" + (f"; the run ends in stage {last} of {stages}" if last < stages else "")
     return f"{tokens:,} tokens in {', '.join(corpus.train.domains)}; {recipe.run.tokens / tokens:.2f} epochs"
 
 
