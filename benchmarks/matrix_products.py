@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.baddbmm,
-            torch.ops.aten.baddbmm_, torch.ops.aten._grouped_mm}  # fmt: skip
+            torch.ops.aten.baddbmm_}  # fmt: skip
 SQUARE = 2048  # side of the product that stands for the machine's rate
 
 Operand = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype

@@ -6,8 +6,10 @@
 
 Both sides: forward, backward and fused AdamW on the same batches of the shipped corpus in the same order, initial weights from dsv2.
 transformers has no balance loss, so dsv2 runs without one here. First every mode of transformers runs once: its implementations of the
-experts, eager and compiled; for bf16 also with weights and moments in bf16. Then dsv2 and the fastest of them alternate, and medians are
-compared. Each run has a process of its own, so that peak memory is its own. dsv2's bf16 keeps weights and moments in fp32 (autocast).
+experts, eager and compiled; for bf16 also with weights and moments in bf16. batched_mm is left out: it copies each token's experts, 19 GB
+in small. Then dsv2 and the fastest of them alternate, and medians are compared. Each run has a process of its own, so that peak memory is
+its own. dsv2's bf16 keeps weights and moments in fp32 (autocast), and it asks glibc to keep freed memory, as its training stage does and
+transformers' does not.
 
 The replay is the bare matrix products of one dsv2 step, recorded and run by themselves: what a step would take if nothing else cost time.
 Prints one line ``ratio NAME VALUE`` per comparison: above 1, dsv2 is better.

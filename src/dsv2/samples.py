@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dsv2.config import load_recipe
 from dsv2.engine.engine import Engine
 from dsv2.engine.request import Request, SamplingParams
 from dsv2.errors import ConfigError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.chat import render_fim
 from dsv2.tokenizer.tokenizer import Tokenizer
-from dsv2.train import pretrain
+from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
+from dsv2.train.precision import make_deterministic
+from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe
+from dsv2.train.run_folder import RECIPE
 from dsv2.train.samples import SamplesSection
 
 HOLE = "\u27e8 ? \u27e9"  # where a sample's text belongs, in the prompt as people see it
@@ -31,13 +35,22 @@ def run(
     resume: bool = False,
     tensorboard: bool = False,
 ) -> None:
-    """Stage of ``dsv2 pretrain``: as ``train.pretrain.run``, with samples.
+    """Stage of ``dsv2 pretrain``: load the recipe and the data, print the plan, train, and let the model write on the way.
 
     Raises:
-        ConfigError: as there; or a prompt that the model's context cannot hold, or a hole without markers in the tokenizer.
+        ConfigError: a wrong recipe, or a run folder that exists and may not be continued; a prompt that the model's context cannot hold,
+            or a hole without markers in the tokenizer.
         DataError: missing or damaged data.
     """
-    pretrain.run(recipe, overrides, data=data, out=out, resume=resume, tensorboard=tensorboard, sampler=recipe_sampler)
+    make_deterministic()
+    loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
+    exists = (out / RECIPE).exists()
+    if exists and not resume:
+        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
+    if resume and not exists:
+        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
+    corpus = Corpus.open(data)
+    pretrain(loaded, corpus, out, tensorboard=tensorboard, sample=recipe_sampler(loaded, corpus.tokenizer))
 
 
 def recipe_sampler(recipe: PretrainRecipe, tokenizer: Tokenizer) -> Callable[[Transformer], Sequence[Sample]]:

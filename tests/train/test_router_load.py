@@ -6,8 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_runs import recipe
 
 from dsv2.model.router import RouterStats
+from dsv2.progress import read_metrics
+from dsv2.train import loop
+from dsv2.train.pretrain import pretrain
 from dsv2.train.router_load import router_load
 
 
@@ -67,3 +71,12 @@ def test_even_and_collapsed_routing_are_the_two_ends():
     assert (even.max_over_mean, collapsed.max_over_mean) == (1.0, 8.0)
     assert router_load([], 1) is None
     assert collapsed.shares[0].tolist() == pytest.approx([1.0] + [0.0] * 7)
+
+
+def test_large_tables_of_load_are_written_now_and_then(one_thread, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_LARGE_LOAD", 3)
+    monkeypatch.setattr(loop, "_LARGE_LOAD_EVERY", 4)
+    pretrain(recipe(), corpus, tmp_path)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(lines) > 8
+    assert [line["step"] for line in lines if "load" in line] == [line["step"] for line in lines if line["step"] % 4 == 0]

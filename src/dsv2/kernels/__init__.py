@@ -1,7 +1,7 @@
 """One signature per operation that is worth a special implementation, and which implementation runs.
 
-``reference`` defines the expert products and the head's loss in plain torch; the fast ones are compared with it. Attention and the movement
-of rows have files of their own beside this one.
+``reference`` defines the expert products and the head's loss in plain torch; the fast ones are compared with it. Attention, norm,
+activation and the movement of rows are called from files of their own beside this one.
 """
 
 from collections.abc import Sequence

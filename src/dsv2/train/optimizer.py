@@ -70,7 +70,7 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
 
 
 def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved moments back.
+    """Put saved moments back; on the same device they become the optimiser's own, not copies: a run holds them once.
 
     Raises:
         CheckpointError: a parameter's moments are missing.
@@ -84,7 +84,7 @@ def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tens
                 f"the checkpoint's optimiser lacks {error.args[0]!r}",
                 hint="its model has other parameters than this run's, or its optimizer.kind was another",
             ) from None
-        optimizer.state[parameter] = {moment: value.to(parameter.device, copy=True) for moment, value in own.items()}
+        optimizer.state[parameter] = {moment: value.to(parameter.device) for moment, value in own.items()}
 
 
 def _moments(group: Mapping[str, object]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Stage: token shards to a base model (section 3.1)."""
+"""Token shards to a base model (section 3.1); ``dsv2.samples`` makes the stage of the command line of it."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,53 +7,24 @@ from pathlib import Path
 import torch
 
 from dsv2.checkpoint.steps import checkpoints
-from dsv2.config import load_recipe
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.model.accounting import count_parameters
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog
-from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.corpus import Corpus, training_rows
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
 from dsv2.train.memory import keep_freed_memory
 from dsv2.train.muon import hidden_matrices
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import print_plan
-from dsv2.train.precision import autocast_dtype, make_deterministic, require_determinism
+from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.recipe import PretrainRecipe
-from dsv2.train.run_folder import METRICS, RECIPE, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
-
-
-def run(
-    recipe: str,
-    overrides: Sequence[str] = (),
-    *,
-    data: Path,
-    out: Path,
-    resume: bool = False,
-    tensorboard: bool = False,
-    sampler: Callable[[PretrainRecipe, Tokenizer], Callable[[Transformer], Sequence[Sample]]] | None = None,
-) -> None:
-    """Load the recipe and the data, print the plan, train; ``sampler`` makes what draws the recipe's samples.
-
-    Raises:
-        ConfigError: a wrong recipe, or a run folder that exists and may not be continued.
-        DataError: missing or damaged data.
-    """
-    make_deterministic()
-    loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
-    exists = (out / RECIPE).exists()
-    if exists and not resume:
-        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
-    if resume and not exists:
-        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
-    corpus = Corpus.open(Path(data))
-    pretrain(loaded, corpus, Path(out), tensorboard=tensorboard, sample=sampler(loaded, corpus.tokenizer) if sampler else None)
 
 
 def pretrain(
