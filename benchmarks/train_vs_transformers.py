@@ -8,8 +8,8 @@ Both sides: forward, backward and fused AdamW on the same batches of the shipped
 transformers has no balance loss, so dsv2 runs without one here. First every mode of transformers runs once: its implementations of the
 experts, eager and compiled; for bf16 also with weights and moments in bf16. batched_mm is left out: it copies each token's experts, 19 GB
 in small. Then dsv2 and the fastest of them alternate, and medians are compared. Each run has a process of its own, so that peak memory is
-its own. dsv2's bf16 keeps weights and moments in fp32 (autocast), and it asks glibc to keep freed memory, as its training stage does and
-transformers' does not.
+its own. dsv2's bf16 keeps weights and moments in fp32 (autocast); --precision all-bf16 compares with everything in bf16. dsv2 asks glibc to
+keep freed memory, as its training stage does and transformers' does not, and transformers gets torch's huge pages.
 
 The replay is the bare matrix products of one dsv2 step, recorded and run by themselves: what a step would take if nothing else cost time.
 Prints one line ``ratio NAME VALUE`` per comparison: above 1, dsv2 is better.
@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 
 SHAPES = {"nano": (8, 512, 8), "small": (2, 512, 3)}  # sequences, tokens, timed steps
-WARM_UP = 2  # steps: the first compiles or allocates, the second finds the memory of the first in use
+WARM_UP = 4  # steps: the first compiles or allocates; a virtual machine may hand out the memory of the next ones page by page, too
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,10 @@ def in_process(arguments: argparse.Namespace, tokens: str, *, mode: Mode | None,
     task = {"mode": vars(mode) if mode else None, "tokens": tokens, "steps": steps, "seconds": seconds}
     command = [sys.executable, __file__, "--shape", arguments.shape, "--precision", arguments.precision]
     command += ["--threads", str(arguments.threads), "--task", json.dumps(task)]
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}  # as the command line does: huge pages for large tensors, for both sides
+    ours = mode is None or mode.side == "dsv2"
+    environment = os.environ | {
+        "THP_MEM_ALLOC_ENABLE": "0" if ours else "1"
+    }  # ours as its command line sets it, the peer's as it is faster
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     row = json.loads(done.stdout.splitlines()[-1])
     print(f"{mode.label if mode else 'replay'}: " + ", ".join(f"{name} {value:,.3f}" for name, value in row.items()), flush=True)

@@ -54,6 +54,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
+TRAINING = ("tour", "pretrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def run(call: Call) -> int:
     Raises:
         MissingExtra: the stage needs an optional package that is not installed.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it is imported: huge pages for large tensors
+    # read by torch when it is imported: large tensors in huge pages. Training keeps freed memory, and aligning each tensor would leave gaps
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0" if call.verb in TRAINING else "1")
     module, _, function = VERBS[call.verb].target.partition(":")
     try:
         result = getattr(import_module(module), function)(**call.arguments)

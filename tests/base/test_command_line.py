@@ -161,6 +161,14 @@ def test_a_stage_gets_its_arguments_and_torch_its_variable(stage: Callable[[str,
     assert main(["info", "v2"]) == 3
 
 
+def test_training_does_not_align_its_tensors_to_huge_pages(stage: Callable[[str, Stage], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    seen = []
+    stage("pretrain", lambda **_: seen.append(os.environ["THP_MEM_ALLOC_ENABLE"]))
+    assert main(["pretrain", *SHORT["pretrain"].split()]) == 0
+    assert seen == ["0"]
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "says"),
     [

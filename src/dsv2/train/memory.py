@@ -1,15 +1,14 @@
 """Asking the C library to keep freed memory for the next step instead of returning it to the system.
 
 A training step allocates and frees the same large buffers again and again. By default glibc maps each anew, and the kernel clears every
-page again at first touch: a fifth of a 550M-parameter model's step. Tensors above 64 MiB are mapped anew all the same: a gap that one
-leaves is seldom of the size of the next, and clearing large pages costs little.
+page again at first touch: a fifth of a 550M-parameter model's step, and more in a virtual machine that returns free pages to its host.
 """
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
-_LARGEST_KEPT = 64 << 20  # bytes
+_LARGEST_KEPT = 1 << 30  # bytes; about the most that mallopt takes
 
 
 def keep_freed_memory() -> bool:
