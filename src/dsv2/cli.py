@@ -40,7 +40,7 @@ VERBS: dict[str, Verb] = {
         "run the same command again; it continues where it stopped",
     ),
     "tokenizer": Verb("dsv2.data.prepare:train_tokenizer_stage", "Train a tokenizer on text."),
-    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training.", "run the same command again; it goes on"),
+    "prepare": Verb("dsv2.data.prepare:run", "Turn text into token shards for training.", "run the same command again"),
     "pretrain": Verb(
         "dsv2.samples:run",
         "Train a model on token shards.",
@@ -256,7 +256,8 @@ def prepare(
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes; the result is the same for any number.")] = 1,
 ) -> Call:
     """Writes memory-mapped token ids with the documents' borders, and a manifest with counts and hashes. With a recipe: cleaned, without
-    duplicates, and report.md says what was dropped and where the time went. Interrupted, it goes on from what was finished.
+    duplicates, and report.md says what was dropped and where the time went. Interrupted, it goes on
+    from what was finished.
     """
     given = {"sources": sources, "tokenizer": tokenizer, "out": out, "domain": domain, "invalid_utf8": invalid_utf8}
     return Call("prepare", {**given, "recipe": recipe, "decontaminate": decontaminate, "workers": workers})

@@ -10,11 +10,11 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsv2.errors import DataError
+from dsv2.errors import ConfigError, DataError
 
 # What libraries say on a full disk instead of raising an OSError with ENOSPC: safetensors, numpy's tofile, torch.save.
 _FULL_DISK_TEXTS = re.compile(r"No space left on device|\d+ requested and \d+ written|inline_container\.cc.* unexpected pos")
@@ -106,6 +106,34 @@ def _leftovers(folder: Path, names: str) -> Iterator[Path]:
         if ours.fullmatch(entry.name) and not entry.is_symlink():
             with suppress(OSError), _locked(entry):
                 yield entry
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process while the block runs, made if need be; it goes again if it was made here and nothing came into it.
+
+    Raises:
+        ConfigError: another process holds it. Killed or not, the lock ends with the process.
+        DataError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for path in reversed(missing):  # the innermost goes first
+            stack.callback(_remove_if_empty, path)
+        try:
+            stack.enter_context(_locked(folder))
+        except BlockingIOError as error:
+            raise ConfigError(f"another process works in {folder}", hint="wait for it to end, or choose another --out") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

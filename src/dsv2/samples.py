@@ -17,7 +17,6 @@ from dsv2.tokenizer.chat import render_fim
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
-from dsv2.train.precision import make_deterministic
 from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.run_folder import RECIPE
@@ -42,7 +41,6 @@ def run(
             or a hole without markers in the tokenizer.
         DataError: missing or damaged data.
     """
-    make_deterministic()
     loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
     exists = (out / RECIPE).exists()
     if exists and not resume:

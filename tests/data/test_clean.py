@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pytest
 
@@ -17,6 +18,11 @@ CHINESE = (
     "这条河发源于北方的山地，流经农田和树林四十里，最后汇入大海。春天水位很高，大小船只把粮食运往磨坊。"
     "孩子们在古老的石桥上钓鱼，父母则在集市上出售面包、奶酪和苹果，这个集市自古以来每逢周六举行。"
 )
+HINDI = (
+    "यह नदी उत्तर की पहाड़ियों से निकलती है और चालीस मील तक खेतों तथा जंगलों से होकर बहती हुई अंत में समुद्र में मिल जाती है। "
+    "वसंत में पानी ऊँचा रहता है, और छोटी बड़ी नावें चक्कियों तक अनाज पहुँचाती हैं। बच्चे पुराने पत्थर के पुल से मछली पकड़ते हैं, "
+    "जबकि उनके माता पिता बाज़ार में रोटी, पनीर और सेब बेचते हैं, जो हर शनिवार को लगता है।"
+)
 
 
 def rule(drop: Drop | None) -> str | None:
@@ -34,6 +40,17 @@ def test_words_are_runs_of_letters_and_single_han_characters():
     assert reading.lines() == ["Été_1, x2中文ok かな", "", "END"]
     assert (reading.count(DIGIT), reading.count(IDEOGRAPH)) == (2, 4)
     assert reading.count(LETTER) == 3 + 1 + 2 + 2 + 2 + 3, "an underscore is part of a word, and no letter"
+
+
+def test_vowel_signs_and_accents_belong_to_the_word_they_stand_on():
+    def words(text):
+        reading = read(text)
+        return [text[a : a + n] for a, n in zip(reading.word_starts.tolist(), reading.word_lens.tolist(), strict=True)]
+
+    assert words("हिन्दी में लिखा") == ["हिन्दी", "में", "लिखा"]
+    assert words(unicodedata.normalize("NFD", "Tiếng Việt")) == [unicodedata.normalize("NFD", word) for word in ("Tiếng", "Việt")]
+    assert words("か\u3099き") == ["か\u3099", "き"]
+    assert words("\u0301 \u2764\ufe0f ok") == ["ok"], "a mark that stands on no letter is no word"
 
 
 @pytest.mark.parametrize("text", ["", "\n", " ", "...", "\U0001f600\U0010ffff", "a\n"])
@@ -58,7 +75,7 @@ def test_hashes_know_the_order_of_letters_and_words_but_no_case():
 # General rules ----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE, f"{ENGLISH}\n\n{CHINESE}"], ids=["en", "zh", "both"])
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE, f"{ENGLISH}\n\n{CHINESE}", HINDI], ids=["en", "zh", "both", "hi"])
 def test_sound_text_passes(text):
     assert judge_general(read(text), RULES) is None
 
@@ -135,6 +152,11 @@ def test_html_needs_visible_text(visible, markup, name):
     text = f"<!DOCTYPE html>\n<html><script>{script}</script>\n<body>{body}</body></html>\n"
     assert len(visible_text(text)) == visible
     assert rule(judge_code(read(text), CODE)) == name
+
+
+def test_a_head_that_is_never_closed_ends_where_the_body_begins():
+    head = "<!DOCTYPE html>\n<html><head><meta charset=utf-8><title>no</title><style>p {}</style>"
+    assert visible_text(f"{head}\n<p>one</p> <p>two</p>") == visible_text(f"{head}</head><body>one two") == "one two"
 
 
 @pytest.mark.parametrize(("length", "name"), [(49, "code.json"), (50, None), (5000, None), (5001, "code.json")])

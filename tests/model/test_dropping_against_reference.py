@@ -1,7 +1,5 @@
 """Device-level token dropping against the oracle: what stays, what a layer computes, gradients (P section 2.2.4; spec 3.4, 10.8)."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,4 +146,3 @@ def test_gates_that_stay_are_not_renormalised_and_the_rest_still_acts():
     out, stats = layer(x, Dropping(1e-9, torch.tensor([False, False])))
     assert stats.kept is not None and not stats.kept.any()
     assert torch.equal(out, layer.shared_experts(x))
-    assert math.isclose(float(stats.load.sum()), 1.0, rel_tol=1e-6), "load is what was asked for, before dropping"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.model.config import ModelConfig
-from dsv2.model.router import Router, RouterStats, route
+from dsv2.model.router import Router, route
 from reference import moe
 from reference.tiny import LITE, V2
 
@@ -92,9 +92,3 @@ def test_gates_carry_gradient_to_all_affinities():
     logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     route(logits, ModelConfig.from_dict(V2)).gates.sum().backward()
     assert logits.grad is not None and (logits.grad != 0).all()
-
-
-def test_load_is_the_share_of_assignments():
-    experts = torch.tensor([[[0, 1], [0, 2]], [[0, 3], [1, 0]]])
-    stats = RouterStats(layer=1, affinity=torch.full((2, 2, 5), 0.2), experts=experts)
-    assert stats.load.tolist() == [4 / 8, 2 / 8, 1 / 8, 1 / 8, 0.0]

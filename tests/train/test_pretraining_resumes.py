@@ -7,6 +7,7 @@ from training_runs import RECIPE, recipe, require_equal, stopping_after
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError, DataError, Dsv2Error
+from dsv2.files import sole_use
 from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.corpus import Corpus
@@ -57,6 +58,13 @@ def test_a_damaged_checkpoint_is_refused(corpus, tmp_path):
     weights.write_bytes(content[:-100])
     with pytest.raises(CheckpointError, match="is damaged"):
         load_model(weights.parent)
+
+
+def test_a_run_belongs_to_one_process_at_a_time(corpus, tmp_path):
+    pretrain(recipe(tokens=512), corpus, tmp_path)
+    with sole_use(tmp_path), pytest.raises(ConfigError, match="another process works in"):
+        pretrain(recipe(tokens=512), corpus, tmp_path)
+    pretrain(recipe(tokens=512), corpus, tmp_path)
 
 
 def test_divergence_stops_with_a_clear_error(corpus, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from training_runs import guarded, stopping_after, without_times
 
-from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.checkpoint.layout import load_guard
+from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.data import mixture
 from dsv2.data.loader import Loader
 from dsv2.data.mixture import Mixture
@@ -84,15 +85,19 @@ def test_many_in_a_row_roll_back_and_the_data_go_on(corpus, tmp_path, inject):
     assert [line["action"] for line in spikes] == ["skipped", "skipped", "rolled back to step 8"]
     assert weights(tmp_path / "step-12") == weights(tmp_path / "step-8")
     assert weights(tmp_path / "step-16") != weights(tmp_path / "step-8")
+    assert load_guard(tmp_path / "step-12")["losses"] == load_guard(tmp_path / "step-8")["losses"], "old weights, judged by old losses"
     train = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, len(train) + 1))
     assert train[-1]["consumed_samples"] >= 6144 // 32
 
 
-def test_a_checkpoint_written_amid_spikes_is_not_what_a_rollback_restores(corpus, tmp_path, inject):
-    inject(guarded(), {11: 50.0, 12: 60.0, 13: 50.0})
-    pretrain(guarded(), corpus, tmp_path)
-    assert "rolled back to step 8" in [line.get("action") for line in read_metrics(tmp_path / "metrics.jsonl")]
+@pytest.mark.parametrize(("every", "keep", "step"), [(4, 3, 8), (1, 1, 10)])
+def test_a_checkpoint_written_amid_spikes_is_not_what_a_rollback_restores(corpus, tmp_path, inject, every, keep, step):
+    changed = guarded(run=guarded().run.model_dump() | {"checkpoint_every": every, "keep": keep})
+    inject(changed, {11: 50.0, 12: 60.0, 13: 50.0})
+    pretrain(changed, corpus, tmp_path)
+    assert f"rolled back to step {step}" in [line.get("action") for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(checkpoints(tmp_path)) == keep
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from dsv2.data.reading import BLANK, LETTER, Reading, gram_hashes
+from dsv2.data.reading import BLANK, LETTER, MARK, Reading, gram_hashes
 from dsv2.data.recipe import CodeRules, ContentiousRules, GeneralRules
 
 BULLETS = ("-", "*", "•", "●", "◦", "‣", "▪", "·")
 ELLIPSES = ("...", "…", "。。。")
 HTML_START = re.compile(r"\s*(<!--.*?-->\s*)?<(!doctype html|html)\b", re.IGNORECASE | re.DOTALL)
 UNSEEN = {"script", "style", "template", "noscript", "head"}
+HEAD_TAGS = {"title", "meta", "link", "base"}
 LONG_LINE = 12  # characters from which a repeated line counts
 OFTEN = 6  # times that a run of words must stand in a text before its share counts: short texts repeat their subject
 SNIFFED = 400  # characters that tell HTML
@@ -62,7 +63,7 @@ def _words(reading: Reading, rules: GeneralRules) -> Drop | None:
     if 2 * len(others) > len(ideographs) and not rules.min_mean_word_len <= (mean := float(others.mean())) <= rules.max_mean_word_len:
         allowed = f"{rules.min_mean_word_len} to {rules.max_mean_word_len} are allowed"
         return Drop("general.mean_word_len", f"{mean:.1f} characters; {allowed}")
-    share = reading.count(LETTER) / max(len(reading.codes) - reading.count(BLANK), 1)
+    share = reading.count(LETTER | MARK) / max(len(reading.codes) - reading.count(BLANK), 1)
     if share < rules.min_letter_share:
         return Drop("general.letters", f"{share:.2f} of the characters are letters; at least {rules.min_letter_share}")
     symbols = reading.text.count("#") + reading.text.count("...") + reading.text.count("…")
@@ -186,6 +187,8 @@ class _Visible(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in UNSEEN:
             self.unseen.append(tag)
+        elif tag not in HEAD_TAGS and "head" in self.unseen:  # a head need not be closed: what cannot stand in it ends it
+            self.unseen.remove("head")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.unseen:

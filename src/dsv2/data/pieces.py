@@ -30,7 +30,7 @@ from dsv2.data.repair import mask, mend
 from dsv2.files import atomic_write
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-VERSION = b"dsv2-pieces-2"  # changes with what the steps do
+VERSION = b"dsv2-pieces-3"  # changes with what the steps do
 EXCERPT = 160  # characters of a document that are kept for the report
 
 

@@ -1,10 +1,12 @@
 """A text read once into arrays: its characters' classes, its words and lines, and a hash of every word.
 
 Everything that judges a text, the quality rules, the near-duplicates, the contamination, works on these arrays, so that a text is gone
-through character by character only here, and in numpy. A *word* is a run of letters, digits and underscores; a Han character or kana
-is a word of its own, so that Chinese needs no segmenter. Some 60 bytes a character while one text is read.
+through character by character only here, and in numpy. A *word* is a run of letters, digits and underscores with the vowel signs and
+accents that stand on them; a Han character or kana is a word of its own, so that Chinese needs no segmenter. Some 60 bytes a character
+while one text is read.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +15,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt32, UInt64
 
 from dsv2.data.order import mix
 
-BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE = 1, 2, 4, 8, 16  # bits of a class; an ideograph is a letter, too
+BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE, MARK = 1, 2, 4, 8, 16, 32  # bits of a class; an ideograph is a letter, too
 TABLE = 0x32400  # no letter lies above
 _IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +29,7 @@ class Reading:
     Attributes:
         text: as it was given.
         codes: code point of each character.
-        classes: of each character, bits of BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE.
+        classes: of each character, bits of BLANK, LETTER, DIGIT, IDEOGRAPH, UNDERSCORE, MARK.
         word_starts: place of each word's first character.
         word_lens: characters in each word.
         word_hashes: of each word, whatever its case.
@@ -64,10 +66,13 @@ def read(text: str) -> Reading:
     clipped = np.minimum(codes, TABLE - 1)
     classes = classes_of[clipped]
     in_word = (classes & (LETTER | DIGIT | UNDERSCORE)) > 0
+    marks = (classes & MARK) > 0
+    if marks.any():  # a mark belongs to what it stands on
+        in_word = in_word[np.maximum.accumulate(np.where(marks, 0, np.arange(len(codes))))]
     alone = (classes & IDEOGRAPH) > 0
     before_word, before_alone = np.zeros_like(in_word), np.zeros_like(alone)
     before_word[1:], before_alone[1:] = in_word[:-1], alone[:-1]
-    first = in_word & (~before_word | alone | before_alone)
+    first = in_word & ~(marks & before_word) & (~before_word | alone | before_alone)
     word_starts = np.flatnonzero(first)
     places = np.flatnonzero(in_word)
     offsets = np.flatnonzero(first[places])  # of each word among the characters of words
@@ -109,6 +114,8 @@ def _tables() -> tuple[UInt8[np.ndarray, "codes"], UInt64[np.ndarray, "codes"]]:
             small = character.lower()
             if len(small) == 1:
                 lower[code] = ord(small)
+        elif unicodedata.category(character) in ("Mn", "Mc"):  # vowel signs and accents of their own: part of the word they stand in
+            classes[code] = MARK
         elif character.isspace():
             classes[code] = BLANK
         elif character.isdigit():

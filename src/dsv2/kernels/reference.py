@@ -1,4 +1,4 @@
-"""Plain torch definitions of every operation: slow, obvious, and the oracle of the fast ones."""
+"""Plain torch definitions of the experts' products and of the head's loss: slow, obvious, and the oracle of the fast ones."""
 
 from collections.abc import Sequence
 

@@ -42,12 +42,6 @@ class RouterStats:
     experts: Int[Tensor, "batch tokens chosen"]
     kept: Bool[Tensor, "batch tokens chosen"] | None = None
 
-    @property
-    def load(self) -> Float[Tensor, " experts"]:
-        """Share of all assignments that each expert received; sums to 1."""
-        counts = torch.bincount(self.experts.flatten(), minlength=self.affinity.shape[-1])
-        return counts.float() / self.experts.numel()
-
 
 class Router(nn.Module):
     """Centroids e_i and the choice of experts; logits, softmax and gates are fp32 in any model dtype."""

@@ -117,6 +117,6 @@ def after_step(section: GuardSection, state: GuardState, *, loss: float, grad_no
     return GuardState((*state.losses, loss)[-section.window :], (*state.grad_norms, grad_norm)[-section.window :])
 
 
-def after_rollback(state: GuardState) -> GuardState:
-    """Return the state after weights and moments were rolled back."""
-    return GuardState(state.losses, state.grad_norms, 0, True)
+def after_rollback(restored: GuardState) -> GuardState:
+    """Return the state after a rollback, from that of the restored checkpoint: its weights are judged by what came before them."""
+    return GuardState(restored.losses, restored.grad_norms, 0, True)

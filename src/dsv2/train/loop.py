@@ -39,7 +39,7 @@ from dsv2.train.step import StepResult, TrainingDiverged, train_step
 from dsv2.train.validation import DomainLoss
 
 Sample = tuple[str, str]  # prompt, text that followed
-# Of RunSection, when a run is resumed: no step depends on them, but where a guard rolls back to is the newest checkpoint there is.
+# Of RunSection, when a run is resumed, as the samples: no step depends on them, but where a guard rolls back to is the newest checkpoint.
 MAY_CHANGE = ("loader_workers", "profile_steps", "validate_every", "sample_every", "checkpoint_every", "keep")
 _LARGE_LOAD = 2048  # layers x experts: above it, every train line of V2 would have 70 KB
 _LARGE_LOAD_EVERY = 100  # steps
@@ -83,15 +83,18 @@ class LoopPlan:
 
 
 def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, keep: int) -> TrainingState | None:
-    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep``; None where there is none yet.
+    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep`` unless it was written
+    amid spikes; None where there is none yet.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
     if not checkpoints(folder):
         return None
-    remove_old(folder, keep)
-    return _restore(checkpoints(folder)[-1], model, optimizer)
+    newest = checkpoints(folder)[-1]
+    if not GuardState.from_json(load_guard(newest)).in_a_row:
+        remove_old(folder, keep)
+    return _restore(newest, model, optimizer)
 
 
 def _restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -176,7 +179,8 @@ def train(
                     kept_guard = guard.to_json() if plan.guard.sigma is not None else {}
                     state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer), kept_guard)
                     save_checkpoint(folder / f"step-{step}", model, tokenizer, training=state)
-                    remove_old(folder, plan.run.keep)
+                    if not guard.in_a_row:  # amid spikes the one to roll back to may be the oldest
+                        remove_old(folder, plan.run.keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +247,15 @@ def _answer(
         console().print(message, markup=False, soft_wrap=True)
         return guard
     problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
-    calm = [path for path in checkpoints(here.folder) if not GuardState.from_json(load_guard(path)).in_a_row]
+    found = {path: GuardState.from_json(load_guard(path)) for path in checkpoints(here.folder)}
+    calm = [path for path, then in found.items() if not then.in_a_row]
     if guard.rolled_back or not calm:
         reason = "and a checkpoint was restored already" if guard.rolled_back else "and no checkpoint from before them"
         raise Dsv2Error(f"{problem}, {reason}", hint="lower learning_rate.peak, or raise guard.sigma, in a new run")
     state = _restore(calm[-1], model, optimizer)
     metrics.write(here.step, "spike", **what, action=f"rolled back to step {state.step}")
     console().print(f"{problem}: weights of step {state.step} restored", markup=False, soft_wrap=True)
-    return after_rollback(guard)
+    return after_rollback(found[calm[-1]])
 
 
 def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, speed: float, elapsed: float, n_group: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
+from dsv2.files import sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
@@ -38,8 +39,15 @@ def pretrain(
     """Train, or go on training, the run in ``out``; return the model.
 
     Raises:
-        ConfigError: the recipe does not fit the data, or differs from the one that the run began with.
+        ConfigError: the recipe does not fit the data or differs from the one that the run began with, or another process trains in ``out``.
     """
+    with sole_use(out):
+        return _pretrain(recipe, corpus, out, tensorboard, sample)
+
+
+def _pretrain(
+    recipe: PretrainRecipe, corpus: Corpus, out: Path, tensorboard: bool, sample: Callable[[Transformer], Sequence[Sample]] | None
+) -> Transformer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, rows = checked_config(recipe, corpus), training_rows(corpus, recipe.run, recipe.mixture)
     fresh = recipe.model.start is not None and not checkpoints(out)

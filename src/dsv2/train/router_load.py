@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from dsv2.model.router import RouterStats
@@ -38,9 +38,9 @@ class RouterLoad:
         )
 
     @property
-    def shares(self) -> Float[Tensor, "layers experts"]:
+    def shares(self) -> Float64[Tensor, "layers experts"]:
         """Share of a layer's assignments that each expert received; rows sum to 1."""
-        return self.assignments.float() / self.assignments.sum(dim=-1, keepdim=True)
+        return self.assignments.double() / self.assignments.sum(dim=-1, keepdim=True)
 
     @property
     def max_over_mean(self) -> float:
@@ -60,8 +60,7 @@ class RouterLoad:
             over the mean; dropped, dropped_share: assignments dropped, and their share of all; computed_max: of the busiest device after
             dropping, over the mean load.
         """
-        counts = self.assignments.double()
-        shares = counts / counts.sum(dim=-1, keepdim=True)
+        counts, shares = self.assignments, self.shares
         entropy = torch.special.entr(shares).sum(dim=-1) / max(math.log(shares.shape[-1]), 1e-12)
         figures: dict[str, Any] = {
             "max_over_mean": _rounded(shares.amax(dim=-1) * shares.shape[-1]),

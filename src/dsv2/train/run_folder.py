@@ -40,7 +40,7 @@ def settled_recipe(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: to
         return settled
     began = load_recipe(str(out / RECIPE), PretrainRecipe, folder="pretrain")
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
-    changed = _differences(began.model_dump(), _same(wanted, began, *MAY_CHANGE).model_dump())
+    changed = _differences(began.model_dump(exclude={"samples"}), _same(wanted, began, *MAY_CHANGE).model_dump(exclude={"samples"}))
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
@@ -59,7 +59,7 @@ def settled_recipe(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: to
     if plan["threads"] != torch.get_num_threads():
         console().print(f"going on with {plan['threads']} threads, as the run began: sums depend on their number", markup=False)
         torch.set_num_threads(plan["threads"])
-    return _same(began, settled, *MAY_CHANGE)
+    return _same(began.model_copy(update={"samples": settled.samples}), settled, *MAY_CHANGE)
 
 
 def _read_plan(file: Path) -> dict[str, Any]:
