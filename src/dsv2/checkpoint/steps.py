@@ -40,9 +40,11 @@ def latest_checkpoint(path: str | Path) -> Path:
     )
 
 
-def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete step folders, and what a killed process left half deleted; nothing else."""
+def remove_old(run: Path, keep: int, spared: Path | None = None) -> None:
+    """Delete complete step folders but the newest ``keep`` and ``spared``, and what a killed process left half deleted; nothing else."""
     for path in checkpoints(run)[:-keep]:
+        if path == spared:
+            continue
         path.rename(run / f".{path.name}.old")  # first, so that a half-deleted folder never counts as complete
     for path in run.glob(".step-*.old"):
         shutil.rmtree(path)

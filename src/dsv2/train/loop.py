@@ -83,18 +83,16 @@ class LoopPlan:
 
 
 def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, keep: int) -> TrainingState | None:
-    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep`` unless it was written
-    amid spikes; None where there is none yet.
+    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep``, but not the one to
+    roll back to; None where there is none yet.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
     if not checkpoints(folder):
         return None
-    newest = checkpoints(folder)[-1]
-    if not GuardState.from_json(load_guard(newest)).in_a_row:
-        remove_old(folder, keep)
-    return _restore(newest, model, optimizer)
+    remove_old(folder, keep, spared=_newest_calm(folder))
+    return _restore(checkpoints(folder)[-1], model, optimizer)
 
 
 def _restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -179,8 +177,7 @@ def train(
                     kept_guard = guard.to_json() if plan.guard.sigma is not None else {}
                     state = TrainingState(step, consumed, elapsed, optimizer_tensors(model, optimizer), kept_guard)
                     save_checkpoint(folder / f"step-{step}", model, tokenizer, training=state)
-                    if not guard.in_a_row:  # amid spikes the one to roll back to may be the oldest
-                        remove_old(folder, plan.run.keep)
+                    remove_old(folder, plan.run.keep, spared=_newest_calm(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,15 +244,19 @@ def _answer(
         console().print(message, markup=False, soft_wrap=True)
         return guard
     problem = f"step {here.step}: {guard.in_a_row} spikes in a row; {spike.what} {spike.value:g}, limit {spike.limit:g}"
-    found = {path: GuardState.from_json(load_guard(path)) for path in checkpoints(here.folder)}
-    calm = [path for path, then in found.items() if not then.in_a_row]
-    if guard.rolled_back or not calm:
+    calm = _newest_calm(here.folder)
+    if guard.rolled_back or calm is None:
         reason = "and a checkpoint was restored already" if guard.rolled_back else "and no checkpoint from before them"
         raise Dsv2Error(f"{problem}, {reason}", hint="lower learning_rate.peak, or raise guard.sigma, in a new run")
-    state = _restore(calm[-1], model, optimizer)
+    state = _restore(calm, model, optimizer)
     metrics.write(here.step, "spike", **what, action=f"rolled back to step {state.step}")
     console().print(f"{problem}: weights of step {state.step} restored", markup=False, soft_wrap=True)
-    return after_rollback(found[calm[-1]])
+    return after_rollback(GuardState.from_json(load_guard(calm)))
+
+
+def _newest_calm(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was not written amid spikes."""
+    return next((path for path in reversed(checkpoints(folder)) if not GuardState.from_json(load_guard(path)).in_a_row), None)
 
 
 def _train_line(result: StepResult, rate: float, consumed: int, seq_len: int, speed: float, elapsed: float, n_group: int) -> dict[str, Any]:
