@@ -189,7 +189,7 @@ class Run:
         if not self.has_begun():
             return "start-up"
         steps, lines = list(self.out.glob("step-*")), self.lines()
-        if self.writing() - stale or list(self.out.glob(".step-*.old")) or len(steps) > KEEP:
+        if self.writing() - stale or list(self.out.glob(".step-*.old")) or len(steps) > KEEP + 1:  # amid spikes one more is kept
             return "writing a checkpoint"
         if lines and lines[-1]["kind"] == "train" and lines[-1]["step"] % VALIDATE_EVERY == 0:
             return "validation"
