@@ -5,11 +5,11 @@
     python benchmarks/train_vs_transformers.py --quick                           # eager only, few steps
 
 Both sides: forward, backward and fused AdamW on the same batches of the shipped corpus in the same order, initial weights from dsv2.
-transformers has no balance loss, so dsv2 runs without one here. First every mode of transformers runs once: its implementations of the
-experts, eager and compiled; for bf16 also with weights and moments in bf16. batched_mm is left out: it copies each token's experts, 19 GB
-in small. Then dsv2 and the fastest of them alternate, and medians are compared. Each run has a process of its own, so that peak memory is
-its own. dsv2's bf16 keeps weights and moments in fp32 (autocast); --precision all-bf16 compares with everything in bf16. dsv2 asks glibc to
-keep freed memory, as its training stage does and transformers' does not, and transformers gets torch's huge pages.
+transformers has no balance loss, so dsv2 runs without one here. First modes of transformers run once each: experts as grouped_mm and
+eager, and grouped_mm compiled; for bf16 also with weights and moments in bf16. batched_mm is left out: it copies each token's experts, 19
+GB in small. Then dsv2 and the fastest of them alternate, and medians are compared. Each run has a process of its own, so that peak memory
+is its own. dsv2's bf16 keeps weights and moments in fp32 (autocast); --precision all-bf16 compares with everything in bf16. dsv2 asks
+glibc to keep freed memory, as its training stage does and transformers' does not, and transformers gets torch's huge pages.
 
 The replay is the bare matrix products of one dsv2 step, recorded and run by themselves: what a step would take if nothing else cost time.
 Prints one line ``ratio NAME VALUE`` per comparison: above 1, dsv2 is better.
@@ -175,9 +175,8 @@ def in_process(arguments: argparse.Namespace, tokens: str, *, mode: Mode | None,
     command = [sys.executable, __file__, "--shape", arguments.shape, "--precision", arguments.precision]
     command += ["--threads", str(arguments.threads), "--task", json.dumps(task)]
     ours = mode is None or mode.side == "dsv2"
-    environment = os.environ | {
-        "THP_MEM_ALLOC_ENABLE": "0" if ours else "1"
-    }  # ours as its command line sets it, the peer's as it is faster
+    # ours as its command line sets it; the peer, which frees memory every step, gets huge pages
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "0" if ours else "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     row = json.loads(done.stdout.splitlines()[-1])
     print(f"{mode.label if mode else 'replay'}: " + ", ".join(f"{name} {value:,.3f}" for name, value in row.items()), flush=True)

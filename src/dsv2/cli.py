@@ -256,8 +256,7 @@ def prepare(
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes; the result is the same for any number.")] = 1,
 ) -> Call:
     """Writes memory-mapped token ids with the documents' borders, and a manifest with counts and hashes. With a recipe: cleaned, without
-    duplicates, and report.md says what was dropped and where the time went. Interrupted, it goes on
-    from what was finished.
+    duplicates, and report.md says what was dropped and where the time went; interrupted, it then goes on from there.
     """
     given = {"sources": sources, "tokenizer": tokenizer, "out": out, "domain": domain, "invalid_utf8": invalid_utf8}
     return Call("prepare", {**given, "recipe": recipe, "decontaminate": decontaminate, "workers": workers})

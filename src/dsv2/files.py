@@ -124,10 +124,9 @@ def sole_use(folder: Path) -> Iterator[None]:
             stack.callback(_remove_if_empty, path)
         try:
             stack.enter_context(_locked(folder))
-        except BlockingIOError as error:
-            raise ConfigError(f"another process works in {folder}", hint="wait for it to end, or choose another --out") from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # one that only says that the file system has no locks does not stop the block
+            if isinstance(error, BlockingIOError):
+                raise ConfigError(f"another process works in {folder}", hint="wait for it to end, or choose another --out") from error
         yield
 
 

@@ -60,6 +60,14 @@ def test_a_damaged_checkpoint_is_refused(corpus, tmp_path):
         load_model(weights.parent)
 
 
+def test_samples_may_change_when_a_run_goes_on(corpus, tmp_path):
+    pretrain(recipe(tokens=512), corpus, tmp_path)
+    changed = recipe(tokens=512)
+    pretrain(changed.model_copy(update={"samples": changed.samples.model_copy(update={"max_tokens": 3})}), corpus, tmp_path)
+    with pytest.raises(ConfigError, match="batch"):
+        pretrain(changed.model_copy(update={"batch": changed.batch.model_copy(update={"micro_sequences": 2})}), corpus, tmp_path)
+
+
 def test_a_run_belongs_to_one_process_at_a_time(corpus, tmp_path):
     pretrain(recipe(tokens=512), corpus, tmp_path)
     with sole_use(tmp_path), pytest.raises(ConfigError, match="another process works in"):

@@ -83,8 +83,8 @@ class LoopPlan:
 
 
 def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, keep: int) -> TrainingState | None:
-    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep``, but not the one to
-    roll back to; None where there is none yet.
+    """Fill model and optimiser from a run's newest checkpoint, and delete older than the newest ``keep``, but not the one
+    to roll back to; None where there is none yet.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.

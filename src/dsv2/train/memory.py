@@ -8,7 +8,7 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
-_LARGEST_KEPT = 1 << 30  # bytes; about the most that mallopt takes
+_LARGEST_KEPT = 1 << 30  # bytes; mallopt takes an int
 
 
 def keep_freed_memory() -> bool:
