@@ -161,7 +161,7 @@ def _to_folder(source: Source, given: Input, out: Path, dtype: str | None, max_s
     require_disk(total, out)
     with atomic_folder(out) as new:
         write_model(new, source, max_shard_bytes=max_shard_bytes)
-        _copy_side_files(given, new)
+        copy_side_files(given, new)
         if not (new / "generation_config.json").exists():
             write_generation_config(new, source.config)
         write_manifest(new)
@@ -184,7 +184,7 @@ def _to_gguf(source: Source, given: Input, out: Path, dtype: str) -> int:
     return out.stat().st_size
 
 
-def _copy_side_files(given: Input, new: Path) -> None:
+def copy_side_files(given: Input, new: Path) -> None:
     """Copy tokenizer, chat template and generation settings as they are; what should be JSON is looked at first, nothing is executed."""
     if given.folder is None:
         return

@@ -1,0 +1,479 @@
+#include "step.h"
+
+#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#include <cstdlib>
+
+void* map_memory(size_t bytes) {
+#if defined(__linux__)
+    const size_t huge = 2u << 20;
+    if (bytes >= huge) {
+        bytes = (bytes + huge - 1) / huge * huge;
+        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (data == MAP_FAILED) throw std::bad_alloc();
+        madvise(data, bytes, MADV_HUGEPAGE);
+        return data;
+    }
+#endif
+    void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!data) throw std::bad_alloc();
+    return data;
+}
+void unmap_memory(void* data, size_t bytes) {
+#if defined(__linux__)
+    const size_t huge = 2u << 20;
+    if (bytes >= huge) { munmap(data, (bytes + huge - 1) / huge * huge); return; }
+#endif
+    std::free(data);
+}
+
+static bool any_type(const Model& m, bool (*test)(const Matrix&)) {
+    if (test(m.head)) return true;
+    for (int l = 0; l < m.layers; l++) {
+        const Layer& a = m.layer[l];
+        for (const Matrix* w : {&a.query_down, &a.query, &a.latent, &a.up, &a.value_up, &a.out, &a.gate, &a.up_gate, &a.down, &a.expert_gate_up, &a.expert_down})
+            if (w->rows && test(*w)) return true;
+    }
+    return false;
+}
+
+Stack::Stack(const Model& model, int threads) : m(model), pool(threads) {
+    narrow = any_type(m, [](const Matrix& w) { return w.type == BF16; });
+    quantised = any_type(m, [](const Matrix& w) { return is_quantised(w); });
+    for (int i = 0; i < threads; i++) own.push_back(std::make_unique<Private>());
+}
+
+constexpr int PIECE = 32;  // weight rows computed at a time: one group of what is computed from them
+
+// Floats of results that spans of the absorbed reading may take; beyond them a thread merges span after span itself, with the same result.
+constexpr size_t MOST_SPAN_FLOATS = 16u << 20;
+
+void Stack::reserve() {
+    rows = step->rows;
+    int absorbed_rows = 0, most_expanded = 0;
+    groups.clear(); group_span.clear(); head_task.clear(); absorbed_row.clear();
+    size_t result = 0;
+    const size_t size = (size_t)LANES * rounded(m.latent) + 2 * LANES;
+    for (int s = 0; s < step->segments; s++) {
+        const Segment& segment = step->segment[s];
+        if (segment.expanded) {
+            most_expanded = std::max(most_expanded, segment.rows);
+            for (int h = 0; h < m.heads; h++) head_task.push_back({s, h});
+            continue;
+        }
+        for (int t = 0; t < segment.rows; t++) absorbed_row.push_back(segment.first_row + t);
+        const int lines = segment.rows * m.heads;
+        for (int first = 0; first < lines; first += LANES) {
+            const int count = std::min(LANES, lines - first);
+            const int end = segment.position + (first + count - 1) / m.heads + 1;
+            groups.push_back({s, (int)((size_t)absorbed_rows * m.heads + first), count, (end + SPAN - 1) / SPAN, result});
+            result += groups.back().spans * size;
+        }
+        absorbed_rows += segment.rows;
+    }
+    together = result <= MOST_SPAN_FLOATS;
+    for (int g = 0; g < (int)groups.size(); g++) {
+        if (!together) groups[g].result = (size_t)g * size;
+        for (int span = 0; span < (together ? groups[g].spans : 1); span++) group_span.push_back({g, together ? span : -1});
+    }
+    identity.resize((size_t)std::max(rows * std::max(1, m.chosen), absorbed_rows * m.heads));
+    for (size_t i = 0; i < identity.size(); i++) identity[i] = (int)i;
+    x = x_.get((size_t)rows * padded(m.hidden));
+    cosine = cosine_.get((size_t)rows * m.rope / 2);
+    sine = sine_.get((size_t)rows * m.rope / 2);
+    query = query_.get((size_t)rows * (rounded(m.heads * (m.nope + m.rope))));
+    latent = latent_.get((size_t)rows * rounded(m.latent + m.rope));
+    normed = normed_.get(rows, m.hidden, narrow, quantised);
+    if (m.query_latent) query_latent = query_latent_.get(rows, m.query_latent, narrow, quantised);
+    nope = nope_.get(absorbed_rows * m.heads, m.nope, false, quantised);
+    absorbed = absorbed_.get((size_t)absorbed_rows * m.heads * entry_width(m) + LANES);
+    spans = spans_.get(together ? result : groups.size() * size);
+    mixed = mixed_.get(absorbed_rows * m.heads, m.latent, narrow, quantised);
+    heads = heads_.get(rows, m.heads * m.value, narrow, quantised);
+    gates = gates_.get((size_t)rows * std::max(1, m.chosen));
+    chosen = chosen_.get((size_t)rows * std::max(1, m.chosen));
+    int widest = 0, widest_expert = 0;
+    for (int l = 0; l < m.layers; l++) {
+        widest = std::max(widest, (int)m.layer[l].gate.rows);
+        widest_expert = std::max(widest_expert, (int)m.layer[l].expert_width);
+    }
+    if (widest) always = always_.get(rows, widest, narrow, quantised);
+    if (widest_expert) hidden = hidden_.get(rows * m.chosen, widest_expert, narrow, quantised);
+    last = last_.get(std::max(1, step->logit_rows), m.hidden, narrow, quantised);
+    for (auto& p : own) {
+        const size_t span_rows = (size_t)SPAN * (entry_width(m) + 2 * LANES);
+        p->wide.get(span_rows);
+        p->thin.get(span_rows);
+        p->scores.get((size_t)SPAN * LANES + size + 8 * (size_t)std::max(rounded(m.latent), rounded(m.value)));
+        p->panel.get((size_t)(entry_width(m) + 2 * LANES) * LANES);
+        if (most_expanded) p->more.get(expanded_floats(m, most_expanded));
+        p->out.get((size_t)rows * 2 * PIECE + (size_t)2 * (m.experts + m.groups + LANES));
+    }
+}
+
+void Stack::run(const Step& given, const Cache& storage) {
+    step = &given;
+    cache = &storage;
+    reserve();
+    pool.run([](void* stack, Worker& w) { ((Stack*)stack)->work(w); }, this);
+}
+
+// y[i * stride + r] = (or +=) weight row r times row i of x. Ends without a barrier.
+void Stack::product(Worker& w, const Matrix& matrix, const Rows& in, int count, float* y, size_t stride, bool add) {
+    const int pieces = (matrix.rows + PIECE - 1) / PIECE;
+    const int64_t bytes = (int64_t)PIECE * in.width * (matrix.type == F32 ? 4 : matrix.type == BF16 ? 2 : 1);
+    const int64_t grain = std::max<int64_t>(1, std::min<int64_t>((64 << 10) / bytes, pieces / (4 * pool.size)));
+    float* out = own[w.index]->out.get(0);
+    w.share(pieces, grain, [&](int64_t p) {
+        const int row = (int)p * PIECE, some = std::min(PIECE, matrix.rows - row);
+        multiply(matrix, row, some, in, identity.data(), count, out, PIECE);
+        for (int i = 0; i < count; i++) {
+            float* to = y + (size_t)i * stride + row;
+            if (add) for (int r = 0; r < some; r++) to[r] += out[(size_t)i * PIECE + r];
+            else std::memcpy(to, out + (size_t)i * PIECE, some * sizeof(float));
+        }
+    });
+}
+
+// Rows of `in` in the form that `matrix` wants, columns behind the last set to 0 first.
+static void finish_row(const Rows& in, int i, int columns, const Matrix& matrix) {
+    std::memset(in.f32 + (size_t)i * in.width + columns, 0, (in.width - columns) * sizeof(float));
+    prepare(in, i, matrix.type);
+}
+
+void Stack::work(Worker& w) {
+    const int width = padded(m.hidden), half = m.rope / 2;
+    w.share(rows, 8, [&](int64_t i) {
+        std::memset(x + i * width, 0, width * sizeof(float));
+        embed(m.embedding, step->tokens[i], x + i * width);
+        for (int j = 0; j < half; j++) {
+            const float angle = (float)step->positions[i] * m.frequencies[j];
+            cosine[i * half + j] = std::cos(angle) * m.rotation_scale;
+            sine[i * half + j] = std::sin(angle) * m.rotation_scale;
+        }
+    });
+    w.barrier();
+    int moe_index = 0;
+    for (int l = 0; l < m.layers; l++) {
+        attention(w, m.layer[l], l);
+        feed_forward(w, m.layer[l], moe_index);
+        moe_index += m.layer[l].router.rows > 0;
+    }
+    logits(w);
+}
+
+void Stack::attention(Worker& w, const Layer& layer, int index) {
+    const int width = padded(m.hidden);
+    w.share(rows, 1, [&](int64_t i) {
+        rms_norm(x + i * width, layer.attention_norm, m.norm_eps, normed.f32 + i * normed.width);
+        const Matrix& first = layer.query_down.rows ? layer.query_down : layer.query;
+        finish_row(normed, (int)i, m.hidden, first);
+        if (layer.latent.type != first.type) prepare(normed, (int)i, layer.latent.type);
+    });
+    w.barrier();
+    project(w, layer, index);
+    attend(w, layer, index);
+    // back to the residual stream
+    w.share(rows, 1, [&](int64_t i) { finish_row(heads, (int)i, m.heads * m.value, layer.out); });
+    w.barrier();
+    product(w, layer.out, heads, rows, x, width, true);
+    w.barrier();
+}
+
+// Queries, latents and rotated keys of all rows; the latter two go into the cache.
+void Stack::project(Worker& w, const Layer& layer, int index) {
+    const int head_width = m.nope + m.rope, query_stride = rounded(m.heads * head_width), latent_stride = rounded(m.latent + m.rope);
+    product(w, layer.latent, normed, rows, latent, latent_stride, false);
+    if (layer.query_down.rows) {
+        product(w, layer.query_down, normed, rows, query_latent.f32, query_latent.width, false);
+        w.barrier();
+        w.share(rows, 1, [&](int64_t i) {
+            float* at = query_latent.f32 + i * query_latent.width;
+            rms_norm(at, layer.query_norm, m.latent_norm_eps, at);
+            finish_row(query_latent, (int)i, m.query_latent, layer.query);
+        });
+        w.barrier();
+    }
+    product(w, layer.query, layer.query_down.rows ? query_latent : normed, rows, query, query_stride, false);
+    w.barrier();
+    const int half = m.rope / 2;
+    w.share(rows, 1, [&](int64_t i) {
+        float* entry = latent + i * latent_stride;
+        float line[LANES + 8192];  // library.py refuses larger latents
+        rms_norm(entry, layer.latent_norm, m.latent_norm_eps, line);
+        rotate(entry + m.latent, m.rope, cosine + i * half, sine + i * half);
+        const Segment* segment = step->segment;
+        while (i >= segment->first_row + segment->rows) segment++;
+        const int position = step->positions[i];
+        const size_t block = (size_t)index * cache->blocks + segment->table[position / BLOCK];
+        encode(*cache, cache->data + (block * BLOCK + position % BLOCK) * cache->entry_bytes, line, m.latent, entry + m.latent, m.rope);
+        for (int h = 0; h < m.heads; h++) {
+            float* q = query + i * query_stride + (size_t)h * head_width;
+            rotate(q + m.nope, m.rope, cosine + i * half, sine + i * half);
+            for (int k = 0; k < head_width; k++) q[k] *= m.softmax_scale;
+        }
+    });
+    w.barrier();
+}
+
+// Queries through W^UK (appendix C), for weights as published: out[l] = sum over channels of q[channel] * w[channel][l].
+template <int32_t TYPE>
+static void absorb(const Model& m, const Matrix& up, int head, const float* const* q, int count, float* const* out) {
+    const size_t first = (size_t)head * (m.nope + m.value) * m.latent;
+    for (int l = 0; l < m.latent; l += 4 * LANES) for (int i = 0; i < count; i += 4) {
+        vf acc[4][4] = {};
+        const int real = std::min(4, count - i), columns = std::min(4 * LANES, m.latent - l);
+        for (int channel = 0; channel < m.nope; channel++) {
+            const size_t at = first + (size_t)channel * m.latent + l;
+            for (int j = 0; j < 4 && j * LANES < columns; j++) {
+                const int some = std::min(LANES, columns - j * LANES);
+                vf weight;
+                if (TYPE == F32) weight = some == LANES ? load((const float*)up.data + at + j * LANES) : load_some((const float*)up.data + at + j * LANES, some);
+                else weight = some == LANES ? load_bf16((const uint16_t*)up.data + at + j * LANES) : load_bf16_some((const uint16_t*)up.data + at + j * LANES, some);
+                for (int r = 0; r < real; r++) acc[r][j] += splat(q[i + r][channel]) * weight;
+            }
+        }
+        for (int r = 0; r < real; r++) for (int j = 0; j < 4 && j * LANES < columns; j++)
+            std::memcpy(out[i + r] + l + j * LANES, &acc[r][j], std::min(LANES, columns - j * LANES) * sizeof(float));
+    }
+}
+
+void Stack::attend(Worker& w, const Layer& layer, int index) {
+    if (layer.up.type == BF16) attend_as<true>(w, layer, index);
+    else attend_as<false>(w, layer, index);
+}
+
+template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int index) {
+    const int head_width = m.nope + m.rope, query_stride = rounded(m.heads * head_width), width = entry_width(m), key_at = rounded(m.latent);
+    const int tokens = (int)absorbed_row.size();
+    const bool as_published = layer.key_up.rows == 0;
+    // 1. queries of the absorbed reading, in latent space: [token, head][entry width]
+    if (tokens && !as_published) {
+        w.share((int64_t)tokens * m.heads, 4, [&](int64_t i) {
+            std::memcpy(nope.f32 + i * nope.width, query + (size_t)absorbed_row[i / m.heads] * query_stride + (i % m.heads) * head_width, m.nope * sizeof(float));
+            finish_row(nope, (int)i, m.nope, layer.key_up);
+        });
+        w.barrier();
+    }
+    if (tokens) w.share((int64_t)m.heads * ((tokens + 7) / 8), 1, [&](int64_t task) {
+        const int head = (int)(task % m.heads), from = (int)(task / m.heads) * 8, count = std::min(8, tokens - from);
+        const float* q[8];
+        float* out[8];
+        int32_t line[8];
+        for (int i = 0; i < count; i++) {
+            q[i] = query + (size_t)absorbed_row[from + i] * query_stride + (size_t)head * head_width;
+            line[i] = (from + i) * m.heads + head;
+            out[i] = absorbed + (size_t)line[i] * width;
+            std::memset(out[i] + m.latent, 0, (width - m.latent) * sizeof(float));
+            std::memcpy(out[i] + key_at, q[i] + m.nope, m.rope * sizeof(float));
+        }
+        if (!as_published) {
+            float* y = own[w.index]->scores.get(0);
+            const int stride = (m.latent + TILE - 1) / TILE * TILE;
+            multiply(layer.key_up, head * stride, m.latent, nope, line, count, y, stride);
+            for (int i = 0; i < count; i++) std::memcpy(out[i], y + (size_t)i * stride, m.latent * sizeof(float));
+        } else if (NARROW) absorb<BF16>(m, layer.up, head, q, count, out);
+        else absorb<F32>(m, layer.up, head, q, count, out);
+    });
+    w.barrier();
+    // 2. attention
+    Private& mine = *own[w.index];
+    Scratch scratch{mine.wide.get(0), mine.scores.get(0), mine.panel.get(0), mine.more.get(0), mine.thin.get(0)};
+    const size_t size = (size_t)LANES * rounded(m.latent) + 2 * LANES;
+    w.share((int64_t)head_task.size(), 1, [&](int64_t task) {
+        const Segment& segment = step->segment[head_task[task].first];
+        const int head = head_task[task].second;
+        Expanded e{&m, cache, &layer, &segment, index, head, query + (size_t)segment.first_row * query_stride + (size_t)head * head_width, (size_t)query_stride,
+                   heads.f32 + (size_t)segment.first_row * heads.width + (size_t)head * m.value, (size_t)heads.width};
+        expanded_head<NARROW>(e, scratch);
+    });
+    w.share((int64_t)group_span.size(), 1, [&](int64_t task) {
+        const Group& group = groups[group_span[task].first];
+        const Segment& segment = step->segment[group.segment];
+        vi limit;
+        int end = 0;
+        for (int i = 0; i < LANES; i++) {
+            const int line = group.first + std::min(i, group.count - 1);
+            limit[i] = step->positions[absorbed_row[line / m.heads]];
+            end = std::max(end, limit[i] + 1);
+        }
+        pack_queries<NARROW>(absorbed + (size_t)group.first * width, group.count, width, scratch.panel);
+        const int only = group_span[task].second;
+        for (int span = std::max(0, only); span < (only < 0 ? group.spans : only + 1); span++) {
+            const int from = span * SPAN, to = std::min(end, from + SPAN);
+            float* result = spans + group.result + (only < 0 ? 0 : (size_t)span * size);
+            float* at = only < 0 && span > 0 ? scratch.scores + (size_t)SPAN * LANES : result;
+            absorbed_span<NARROW>(m, *cache, index, segment.table, from, to, limit, scratch.panel, scratch, at);
+            if (only < 0 && span > 0) merge_span(at, rounded(m.latent), false, result);
+        }
+    });
+    w.barrier();
+    if (!tokens) return;
+    w.share((int64_t)groups.size(), 1, [&](int64_t g) {
+        const Group& group = groups[g];
+        float* all = spans + group.result;
+        if (together)
+            for (int span = 1; span < group.spans; span++) merge_span(all + span * size, rounded(m.latent), false, all);
+        const float* total = all + (size_t)LANES * rounded(m.latent) + LANES;
+        for (int i = 0; i < group.count; i++) {
+            float* to = mixed.f32 + (size_t)(group.first + i) * mixed.width;
+            for (int c = 0; c < m.latent; c++) to[c] = all[(size_t)i * rounded(m.latent) + c] / total[i];
+            finish_row(mixed, group.first + i, m.latent, as_published ? layer.up : layer.value_up);
+        }
+    });
+    w.barrier();
+    // 3. values out of latent space
+    w.share((int64_t)m.heads * ((tokens + 7) / 8), 1, [&](int64_t task) {
+        const int head = (int)(task % m.heads), from = (int)(task / m.heads) * 8, count = std::min(8, tokens - from);
+        int32_t line[8];
+        for (int i = 0; i < count; i++) line[i] = (from + i) * m.heads + head;
+        const int stride = (m.value + TILE - 1) / TILE * TILE;
+        float* y = scratch.scores;
+        if (as_published) multiply(layer.up, head * (m.nope + m.value) + m.nope, m.value, mixed, line, count, y, stride);
+        else multiply(layer.value_up, head * stride, m.value, mixed, line, count, y, stride);
+        for (int i = 0; i < count; i++)
+            std::memcpy(heads.f32 + (size_t)absorbed_row[from + i] * heads.width + (size_t)head * m.value, y + (size_t)i * stride, m.value * sizeof(float));
+    });
+    w.barrier();
+}
+
+// The feed-forward network ------------------------------------------------------------------------------------------------------------
+
+// List what has to be computed: the network that every token passes, then each expert that was chosen, in order.
+void Stack::collect_units(const Layer& layer) {
+    units.clear();
+    if (layer.gate.rows) units.push_back({&layer.gate, &layer.up_gate, &layer.down, 0, 0, 0, layer.gate.rows, rows, identity.data(), nullptr, 0});
+    if (layer.router.rows) {
+        const int all = rows * m.chosen;
+        counts.assign(m.experts + 1, 0);
+        expert_token.resize(all);
+        expert_weight.resize(all);
+        for (int i = 0; i < all; i++) counts[chosen[i] + 1]++;
+        for (int e = 0; e < m.experts; e++) counts[e + 1] += counts[e];
+        const int down_rows = is_quantised(layer.expert_down) ? (m.hidden + TILE - 1) / TILE * TILE : m.hidden;
+        for (int e = 0; e < m.experts; e++) {
+            const int first = counts[e], count = counts[e + 1] - first;
+            if (count) units.push_back({&layer.expert_gate_up, &layer.expert_gate_up, &layer.expert_down, 2 * e * layer.expert_stride, (2 * e + 1) * layer.expert_stride,
+                                        e * down_rows, layer.expert_width, count, expert_token.data() + first, expert_weight.data() + first, first});
+        }
+        for (int i = 0; i < all; i++) {
+            const int at = counts[chosen[i]]++;
+            expert_token[at] = i / m.chosen;
+            expert_weight[at] = gates[i];
+        }
+    }
+    unit_task.assign(1, 0);
+    for (const Unit& unit : units) unit_task.push_back(unit_task.back() + (unit.width + PIECE - 1) / PIECE);
+}
+
+// silu(gate x) * up x for one group of hidden columns, in the form that the down product wants.
+void Stack::hidden_block(const Unit& unit, int block, float* y) {
+    const int row = block * PIECE, some = std::min(PIECE, unit.width - row);
+    const Rows& to = unit.weight ? hidden : always;
+    multiply(*unit.gate, unit.gate_row + row, some, normed, unit.token, unit.count, y, 2 * PIECE);
+    multiply(*unit.up, unit.up_row + row, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE);
+    for (int i = 0; i < unit.count; i++) {
+        const size_t line = unit.first_hidden + i, at = line * to.width + row;
+        float* gate = y + (size_t)i * 2 * PIECE;
+        std::fill(gate + some, gate + PIECE, 0.0f);
+        std::fill(gate + PIECE + some, gate + 2 * PIECE, 0.0f);
+        for (int k = 0; k < PIECE; k += LANES) {
+            const vf product = silu(load(gate + k)) * load(gate + PIECE + k);
+            store(to.f32 + at + k, product);
+            if (unit.down->type == BF16) store_bf16(to.bf16 + at + k, product);
+        }
+        const size_t group = line * (to.width / GROUP) + block;
+        if (is_quantised(*unit.down)) quantise_group(to.f32 + at, to.i8 + at, to.scale + group, to.total + group);
+    }
+}
+
+void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
+    const int width = padded(m.hidden);
+    float* y = own[w.index]->out.get(0);
+    w.share(rows, 1, [&](int64_t i) {
+        rms_norm(x + i * width, layer.feed_forward_norm, m.norm_eps, normed.f32 + i * normed.width);
+        finish_row(normed, (int)i, m.hidden, layer.gate.rows ? layer.gate : layer.expert_gate_up);
+        if (layer.gate.rows && layer.router.rows && layer.expert_gate_up.type != layer.gate.type) prepare(normed, (int)i, layer.expert_gate_up.type);
+        if (layer.router.rows) route(m, layer.router, normed.f32 + i * normed.width, chosen + i * m.chosen, gates + i * m.chosen, y, y + m.experts);
+    });
+    w.barrier();
+    if (w.index == 0) {
+        collect_units(layer);
+        if (step->want_experts && layer.router.rows)
+            std::memcpy(step->experts + (size_t)moe_index * rows * m.chosen, chosen, (size_t)rows * m.chosen * sizeof(int32_t));
+    }
+    w.barrier();
+    w.share(unit_task.back(), 1, [&](int64_t task) {
+        const size_t u = std::upper_bound(unit_task.begin(), unit_task.end(), task) - unit_task.begin() - 1;
+        hidden_block(units[u], (int)(task - unit_task[u]), y);
+    });
+    w.barrier();
+    w.share((m.hidden + PIECE - 1) / PIECE, 1, [&](int64_t p) {
+        const int row = (int)p * PIECE, some = std::min(PIECE, m.hidden - row);
+        float *total = y, *part = y + (size_t)rows * PIECE;
+        std::memset(total, 0, (size_t)rows * PIECE * sizeof(float));
+        for (const Unit& unit : units) {
+            multiply(*unit.down, unit.down_row + row, some, unit.weight ? hidden : always, identity.data() + unit.first_hidden, unit.count, part, PIECE);
+            for (int i = 0; i < unit.count; i++) {
+                float* to = total + (size_t)unit.token[i] * PIECE;
+                const vf weight = splat(unit.weight ? unit.weight[i] : 1.0f);
+                for (int k = 0; k < PIECE; k += LANES) store(to + k, load(to + k) + load(part + (size_t)i * PIECE + k) * weight);
+            }
+        }
+        for (int i = 0; i < rows; i++) for (int r = 0; r < some; r++) x[(size_t)i * width + row + r] += total[(size_t)i * PIECE + r];
+    });
+    w.barrier();
+}
+
+void Stack::logits(Worker& w) {
+    const int count = step->logit_rows, width = padded(m.hidden);
+    if (!count) return;
+    w.share(count, 1, [&](int64_t i) {
+        rms_norm(x + (size_t)step->logit_row[i] * width, m.final_norm, m.norm_eps, last.f32 + i * last.width);
+        finish_row(last, (int)i, m.hidden, m.head);
+    });
+    w.barrier();
+    product(w, m.head, last, count, step->logits, m.vocab, false);
+    w.barrier();
+    w.share(count, 1, [&](int64_t i) {
+        const float* line = step->logits + i * m.vocab;
+        int best = 0;
+        float bad = 0;  // a NaN or an infinity makes it one
+        for (int v = 0; v < step->used; v++) { if (line[v] > line[best]) best = v; bad += line[v] * 0.0f; }
+        step->best[i] = best;
+        step->best_logit[i] = bad == 0.0f ? line[best] : NAN;
+    });
+}
+
+// The interface -----------------------------------------------------------------------------------------------------------------------
+
+enum { DONE = 0, NO_MEMORY = 1, OUT_OF_RANGE = 2 };
+
+static bool in_range(const Model& m, const Step& step, const Cache& cache) {
+    int row = 0;
+    for (int s = 0; s < step.segments; s++) {
+        const Segment& segment = step.segment[s];
+        if (segment.first_row != row || segment.rows < 1 || segment.position < 0) return false;
+        row += segment.rows;
+        const int end = segment.position + segment.rows;
+        for (int b = 0; b * BLOCK < end; b++) if (segment.table[b] < 0 || segment.table[b] >= cache.blocks) return false;
+        for (int i = 0; i < segment.rows; i++) if (step.positions[segment.first_row + i] != segment.position + i) return false;
+    }
+    for (int i = 0; i < step.rows; i++) if (step.tokens[i] < 0 || step.tokens[i] >= m.vocab) return false;
+    for (int i = 0; i < step.logit_rows; i++) if (step.logit_row[i] < 0 || step.logit_row[i] >= step.rows) return false;
+    return row == step.rows && step.used > 0 && step.used <= m.vocab;
+}
+
+extern "C" {
+void* dsv2_open(const Model* model, int32_t threads) {
+    try { return new Stack(*model, threads); } catch (const std::exception&) { return nullptr; }
+}
+void dsv2_close(void* stack) { delete (Stack*)stack; }
+int32_t dsv2_step(void* stack, const Model* model, const Step* step, const Cache* cache) {
+    if (!in_range(*model, *step, *cache)) return OUT_OF_RANGE;
+    try { ((Stack*)stack)->run(*step, *cache); } catch (const std::exception&) { return NO_MEMORY; }
+    return DONE;
+}
+}
