@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dsv2.engine.blocks import BLOCK_LEN, BlockPool, OutOfBlocks, blocks_for
+from dsv2.engine.blocks import _PACK, BLOCK_LEN, BlockPool, OutOfBlocks, _root, blocks_for
 
 
 def ids(*units: int) -> list[int]:
@@ -76,8 +76,7 @@ def test_tokens_decide_where_two_prefixes_have_one_key() -> None:
 def test_a_salt_cannot_pose_as_the_key_of_a_block() -> None:
     pool = BlockPool(8)
     hold(pool, ids(1, 2))
-    head = pool.chain(ids(1), "", 1, [])[0]
-    assert pool.match(ids(2), head, 64) == []
+    assert pool.match(ids(2), _root("") + _PACK(*ids(1)), 64) == []  # what the key of the first block is the hash of
 
 
 def test_allocate_takes_all_or_nothing_and_evicts_the_longest_unused_from_its_end() -> None:
@@ -113,7 +112,10 @@ def test_what_was_handed_out_before_a_reset_is_never_found() -> None:
     pool.release(idle)
     pool.publish(table, ids(1, 2), "", 0, 1, [])
     pool.reset()
-    pool.publish(table, ids(1, 2), "", 0, 2, [])
+    table += pool.allocate(1)
+    pool.publish(table, ids(1, 2, 3), "", 0, 2, [])
+    pool.publish(table, ids(1, 2, 3), "", 2, 3, [])  # a new block, behind old ones
+    assert pool.num_cached == 0
     assert pool.match(ids(1, 2), "", 128) == pool.match(ids(7, 8), "", 128) == []
     pool.check([table])
     fresh = hold(pool, ids(1, 2))

@@ -11,7 +11,7 @@ from pretend_engine import World, prompt, run_trace
 
 from dsv2.engine.blocks import BLOCK_LEN, BlockPool
 from dsv2.engine.costs import StepCosts
-from dsv2.engine.scheduler import PREFILL_EVERY, Scheduler
+from dsv2.engine.scheduler import ELDER_EVERY, PREFILL_EVERY, Scheduler
 from dsv2.engine.sequence import Plan, Sequence, State
 from dsv2.errors import RequestError
 
@@ -145,6 +145,41 @@ def test_higher_priorities_are_served_first_but_for_one_elder() -> None:
     world.drain(4000)
 
 
+def test_the_elders_prompt_gets_a_unit_every_few_steps_beside_higher_ones() -> None:
+    world = World(Random(2), num_blocks=60, max_sequences=3, chunk_len=64, patience=10)
+    low = world.add(prompt(0, 0, 640, 0), 1, priority=-1)
+    turns = []
+    while low.state is not State.ENDED:
+        assert world.num_steps < 100
+        while len(world.live) < 5:
+            world.add(prompt(1, 0, 640, len(world.born)), 1)
+        plan = world.step()
+        turns += [(world.num_steps, chunk.length) for chunk in plan.chunks if chunk.seq is low]
+    assert [length for _, length in turns] == [BLOCK_LEN] * 10
+    assert {later[0] - earlier[0] for earlier, later in zip(turns, turns[1:], strict=False)} == {ELDER_EVERY}
+
+
+def test_nobody_overtakes_a_large_one_of_the_same_priority() -> None:
+    world = World(Random(2), num_blocks=8, max_sequences=3, stops=False)
+    world.add(prompt(0, 0, 60, 0), 30)
+    large, small = world.add(prompt(1, 0, 440, 1), 5), world.add(prompt(1, 0, 20, 2), 5)
+    while large.state is State.WAITING:
+        world.step()
+        assert small.state is State.WAITING or large.state is State.RUNNING
+    world.drain(50)
+
+
+def test_a_long_queue_that_grew_old_does_not_take_over() -> None:
+    world = World(Random(2), num_blocks=20, max_sequences=1, patience=40, stops=False)
+    old = [world.add(prompt(0, 0, 100, index), 9, priority=-1) for index in range(6)]
+    while any(seq.state is not State.ENDED for seq in old):
+        assert world.num_steps < 500
+        while len(world.live) < 10:
+            world.add(prompt(1, 0, 100, len(world.born)), 9)
+        world.step()
+    assert len(world.answers) - len(old) >= 6 * 3  # of nine steps each, in pauses of forty
+
+
 def test_equal_priorities_are_never_preempted_for_a_newcomer() -> None:
     world = World(Random(3), num_blocks=30, max_sequences=2, patience=1, stops=False)
     seqs = [world.add(prompt(0, 0, 100, index), 40) for index in range(30)]
@@ -272,6 +307,29 @@ def test_drafts_preempt_nobody() -> None:
     assert [(chunk.seq, chunk.length) for chunk in plan.chunks] == [(first, 1), (second, 1)]
     world.step()
     assert second.num_preempted == 1  # for a token that is known
+
+
+def test_a_newcomer_leaves_room_for_those_that_run_to_grow() -> None:
+    world = World(Random(6), num_blocks=4, max_sequences=2, stops=False)
+    first, second = world.add(prompt(0, 60, 0, 0), 20), world.add(prompt(1, 150, 0, 0), 5)
+    world.step()
+    assert (first.state, second.state) == (State.RUNNING, State.WAITING)
+    world.drain(50)
+    assert second.num_preempted == 0
+
+
+def test_to_end_what_ended_changes_nothing() -> None:
+    engine = scheduler()
+    first, second = Sequence(1, [1], 5), Sequence(1, [2], 5)
+    engine.add(first)
+    engine.finish(first)
+    engine.finish(first)
+    assert not engine.cancel(1)
+    engine.add(second)
+    engine.finish(first)
+    assert engine.has_work
+    assert engine.cancel(1)
+    assert not engine.has_work
 
 
 def test_memory_of_the_queues_follows_the_live_sequences() -> None:

@@ -133,10 +133,8 @@ class Scheduler:
             if seq.draft:
                 seq.draft = seq.draft[: max(0, seq.max_len - known - 1)]
                 length += len(seq.draft)
-            if start + length > len(seq.blocks) * BLOCK_LEN:
-                length = self._grow(seq, length)
-                if not length:
-                    continue
+            if start + length > len(seq.blocks) * BLOCK_LEN and not (length := self._grow(seq, length)):
+                continue
             seq.in_flight = length
             chunks.append(Chunk(seq, start, length, True))
             num_rows += length
@@ -180,10 +178,9 @@ class Scheduler:
     def cancel(self, seq_id: int) -> bool:
         """End a sequence at any moment, also between ``schedule`` and ``advance``; False when no such one lives."""
         seq = self._live.get(seq_id)
-        if seq is None:
-            return False
-        self._end(seq)
-        return True
+        if seq is not None:
+            self._end(seq)
+        return seq is not None
 
     def reset_cache(self) -> None:
         """Forget all latents after an update of the weights: running sequences begin again at token 0, keeping their tokens."""
@@ -203,7 +200,6 @@ class Scheduler:
         others = {seq.seq_id for seq in self._live.values() if seq.state is not RUNNING}
         queued = {seq.seq_id for seq in self._waiting.sequences()} | {seq.seq_id for seq in self._siblings.parked() if seq.state is PARKED}
         leaders = self._siblings.leaders()
-        remembered = bool(leaders or self._elder or self._levels or self.pool.num_used)
         faults = {
             "the running ones are not in order of rank": sorted(running, key=_by_rank) != self._running,
             "too many run": len(running) > self._max_sequences,
@@ -211,7 +207,7 @@ class Scheduler:
             "one lacks blocks": any(len(seq.blocks) < blocks_for(seq.num_computed) for seq in running),
             "one is in no queue": queued != others,
             "a block is awaited from one that does not run": any(seq.state is not RUNNING for seq in leaders),
-            "an idle scheduler remembers something": not self._live and remembered,
+            "an idle scheduler remembers something": not self._live and bool(leaders or self._elder or self._levels),
         }
         wrong = [fault for fault, there in faults.items() if there]
         if wrong:
