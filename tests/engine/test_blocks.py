@@ -286,4 +286,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(deadline=None, max_examples=120, stateful_step_count=40, derandomize=True)
+TestPool.settings = settings(deadline=None, max_examples=200, stateful_step_count=40, derandomize=True)

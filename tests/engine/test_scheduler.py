@@ -16,7 +16,7 @@ from dsv2.engine.sequence import Plan, Sequence, State
 from dsv2.errors import RequestError
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=120, derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.sampled_from([5, 6, 8, 12, 24]),
