@@ -310,8 +310,8 @@ def _draw(logits: NDArray[np.float32], maximum: float, params: SamplingParams, n
         _keep_nucleus(weights, params.top_p)
     if params.min_p > 0:
         weights *= weights >= np.float32(params.min_p)
-    # "right": the first whose cumulative weight exceeds the number, so ids without weight are passed over.
-    chosen = _position(weights, number, side="right")
+    total = float(weights.sum(dtype=np.float64))
+    chosen = _position(weights, number * total)  # the first that exceeds it, so ids without weight are passed over
     return chosen if kept is None else int(kept[chosen])
 
 
@@ -330,13 +330,15 @@ def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     total = float(weights.sum(dtype=np.float64))
     # All that is below this together is less than 1 - top_p, so the nucleus lies above it; the slack covers rounding.
     above = weights >= np.float32((1 - top_p) * total / weights.size * 0.999)
-    falling = weights[above] if np.count_nonzero(above) < weights.size / 8 else weights.copy()
-    falling.sort()
-    falling = falling[::-1].copy()
-    size = _position(falling, top_p, side="left", total=total) + 1
-    kept = weights >= falling[size - 1]
-    if np.count_nonzero(kept) > size:
-        kept[_surplus(weights, falling[size - 1], size)] = False
+    some = np.count_nonzero(above) < weights.size / 8
+    rising = weights[above] if some else weights.copy()
+    rising.sort()
+    # From the least on, as many are left out as may be lacking; no reversed copy is needed to count them.
+    lacking = (1 - top_p) * total - (total - float(rising.sum(dtype=np.float64)) if some else 0.0)
+    border = _position(rising, lacking)
+    kept = weights >= rising[border]
+    if np.count_nonzero(kept) > rising.size - border:
+        kept[_surplus(weights, rising[border], rising.size - border)] = False
     weights *= kept
 
 
@@ -347,18 +349,13 @@ def _surplus(values: NDArray[np.float32], border: np.float32, size: int) -> NDAr
     return equal[size - above :]
 
 
-def _position(weights: NDArray[np.float32], share: float, *, side: str, total: float | None = None) -> int:
-    """Return the first position where the cumulative weight reaches ("left") or exceeds ("right") a share of the sum.
-
-    Sums are float64. ``total`` is the sum where ``weights`` leaves out some that do not matter.
-    """
+def _position(weights: NDArray[np.float32], goal: float) -> int:
+    """Return the first position where the cumulative weight, summed in float64, exceeds ``goal``; at most the last one with weight."""
     block_sums = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64))
-    goal = share * (float(block_sums[-1]) if total is None else total)  # share <= 1 - 2^-53: below the sum
-    left = side == "left"
-    block = min(int(np.searchsorted(block_sums, goal, "left" if left else "right")), len(block_sums) - 1)
+    goal = min(goal, math.nextafter(float(block_sums[-1]), 0.0))  # a block without weight may be the last
+    block = int(np.searchsorted(block_sums, goal, "right"))
     begin = block * _BLOCK
     cumulative = np.cumsum(weights[begin : begin + _BLOCK], dtype=np.float64)
     within = goal - (float(block_sums[block - 1]) if block else 0.0)
-    place = int(np.searchsorted(cumulative, within, "left" if left else "right"))
     # Where the two ways to sum disagree in the last digit, the last one with weight is meant.
-    return begin + min(place, int(np.searchsorted(cumulative, cumulative[-1], "left")))
+    return begin + min(int(np.searchsorted(cumulative, within, "right")), int(np.searchsorted(cumulative, cumulative[-1], "left")))
