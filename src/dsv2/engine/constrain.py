@@ -1,19 +1,25 @@
 """Answers of a given form: a constraint compiled to an automaton that says which tokens may come next. The automata are llguidance's.
 
-Compiling runs off the engine's thread under caps of size, depth, work and time; what fails or takes too long is a ``RequestError`` of
-that request alone. A matcher steps with its answer, on the engine's thread.
+Compiling runs off the engine's thread under caps of size, depth, work, memory and time, tried first in a process that may die
+(``engine/grammar_probe.py``); what fails or takes too long is a ``RequestError`` of that request alone. A matcher steps with its answer,
+on the engine's thread.
 """
 
 import json
+import math
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2.engine import grammar_probe
 from dsv2.engine.request import Constraint
 from dsv2.errors import MissingExtra, RequestError
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -21,9 +27,10 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 MAX_DEPTH = 64  # of arrays and objects in a schema
 MAX_CACHED = 64  # compiled constraints
 MAX_CACHED_CHARACTERS = 2**20  # of their sources
-MAX_COMPILING = 2  # threads; one that runs past its time holds its place until it is done
+MAX_COMPILING = 2  # at a time
 MAX_QUEUED = 64
 TIME_LIMIT_S = 5.0
+MEMORY_LIMIT_BYTES = 2**30  # address space of the process that tries; an ordinary schema takes some 10 MB, the interpreter 0.2 GB
 
 # llguidance's own limits (its defaults: 1,000,000; 200,000; 50,000; 250,000; 500,000). A lexer state takes 1 to 2 kB.
 _LIMITS = {
@@ -74,10 +81,11 @@ class Matcher:
         """
         if self._allowed is None:
             bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
-            self._check("the grammar allows no further token")
+            if self._inner.is_error() and not self._inner.stop_reason().startswith("NoExtension"):
+                raise RequestError("constraint: the grammar is too complex to go on", hint="write a simpler constraint")
             allowed = np.unpackbits(bits, count=self._ordinary.size, bitorder="little").view(np.bool_) & self._ordinary
             allowed[self._eos_id] = self._inner.is_accepting()
-            if self._ended or not allowed.any():
+            if self._ended or self._inner.is_error() or not allowed.any():
                 raise RequestError("constraint: the grammar allows no further token")
             self._allowed = allowed
         return self._allowed
@@ -92,15 +100,9 @@ class Matcher:
             raise RequestError(f"constraint: token {token} is not allowed here")
         if token == self._eos_id:
             self._ended = True
-        else:
-            self._inner.consume_token(token)
-            self._check(f"token {token} is not allowed here")
+        elif not self._inner.consume_token(token):
+            raise RequestError("constraint: the grammar is too complex to go on", hint="write a simpler constraint")
         self._allowed = None
-
-    def _check(self, otherwise: str) -> None:
-        if self._inner.is_error():
-            reason = {"ParserTooComplex": "the grammar is too complex", "LexerTooComplex": "the grammar is too complex"}
-            raise RequestError(f"constraint: {reason.get(self._inner.stop_reason(), otherwise)}", hint="write a simpler constraint")
 
 
 class Grammar:
@@ -131,9 +133,14 @@ class Compilation:
         self._finished.set()
 
     @property
+    def left_s(self) -> float:
+        """Seconds until its time is over."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    @property
     def ready(self) -> bool:
         """Whether ``result`` returns or raises at once."""
-        return self._finished.is_set() or time.monotonic() >= self._deadline
+        return self._finished.is_set() or self.left_s == 0
 
     def result(self) -> Grammar:
         """Wait for the grammar.
@@ -142,7 +149,7 @@ class Compilation:
             RequestError: the constraint is wrong, too large or too complex, or its time is over.
             MissingExtra: llguidance is not installed.
         """
-        if not self._finished.wait(max(0.0, self._deadline - time.monotonic())):
+        if not self._finished.wait(self.left_s):
             raise RequestError(f"constraint: not compiled within {self._limit_s:g} s", hint="write a simpler constraint")
         outcome = self._outcome
         if isinstance(outcome, Grammar):
@@ -220,7 +227,7 @@ class GrammarCompiler:
             if not job.ready:
                 try:
                     self.prepare()
-                    outcome = self._build(constraint)
+                    outcome = self._build(constraint, job.left_s)
                 except Exception as error:  # of any kind: it belongs to the request, and this thread serves others
                     outcome = error
             with self._lock:
@@ -235,14 +242,17 @@ class GrammarCompiler:
         while len(self._cache) > MAX_CACHED or sum(len(kept.source) for kept in self._cache) > MAX_CACHED_CHARACTERS:
             self._cache.popitem(last=False)
 
-    def _build(self, constraint: Constraint) -> Grammar:
+    def _build(self, constraint: Constraint, limit_s: float) -> Grammar:
         """Compile; raises RequestError."""
         from llguidance import LLMatcher, LLParserLimits
 
         source = _definition(constraint)
+        complaint = _probe(source, limit_s)
+        if complaint:
+            raise RequestError(f"constraint: the {constraint.kind} cannot be used: {complaint}")
         inner = LLMatcher(self._vocabulary, source, log_level=0, limits=LLParserLimits(**_LIMITS))
         if inner.is_error():
-            raise RequestError(f"constraint: the {constraint.kind} cannot be used: {_first_lines(inner.get_error())}")
+            raise RequestError(f"constraint: the {constraint.kind} cannot be used: {_first_words(inner.get_error())}")
         size = self._tokenizer.num_tokens
         ordinary = np.ones(size, np.bool_)
         ordinary[list(self._tokenizer.special_ids.values())] = False
@@ -274,6 +284,27 @@ def _read_vocabulary(tokenizer: Tokenizer) -> Any:
     return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.num_tokens, eos_token=tokenizer.eos_id)
 
 
+def _probe(source: str, limit_s: float) -> str:
+    """Return what is wrong with a grammar in llguidance's form, found in a process whose memory and time are limited; "" if nothing."""
+    import llguidance
+
+    job = {
+        "packages": str(Path(llguidance.__file__).parents[1]),
+        "source": source,
+        "limits": _LIMITS,
+        "memory_bytes": MEMORY_LIMIT_BYTES,
+        "cpu_s": math.ceil(limit_s) + 1,
+    }
+    command = [sys.executable, "-I", grammar_probe.__file__]
+    try:
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return f"it was not compiled within {limit_s:.1f} s"
+    if done.returncode:
+        return "compiling it takes too much memory or time"
+    return _first_words(done.stdout)
+
+
 def _definition(constraint: Constraint) -> str:
     """Return the constraint in llguidance's own form; a schema is checked first."""
     from llguidance import LLMatcher
@@ -288,6 +319,8 @@ def _definition(constraint: Constraint) -> str:
             schema = json.loads(constraint.source, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"constraint: the schema is no JSON: {error}") from error
+        if not isinstance(schema, dict):
+            raise RequestError(f"constraint: the schema is a JSON {type(schema).__name__}, not an object")
         _check_depth(schema)
         _check_keywords(schema)
     text = json.dumps(schema)
@@ -331,6 +364,6 @@ def _inner_schemas(node: dict[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _first_lines(message: str) -> str:
+def _first_words(message: str) -> str:
     """Return the beginning of a library's message, on one line."""
     return " ".join(message.split())[:300]

@@ -261,7 +261,7 @@ def _real(name: str, value: Any, low: float, high: float = math.inf, *, above_lo
     """Return ``value`` as a finite float within [low, high], or within (low, high] where ``above_low`` is true."""
     allowed = f"a finite number {'>' if above_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
