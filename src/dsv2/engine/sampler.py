@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from dsv2.engine.constrain import Matcher
@@ -126,11 +125,11 @@ class SamplerState:
         """Return whether a token ends the answer."""
         return token in self._end_ids
 
-    def pick(self, logits: Float32[np.ndarray, " used"], best: int, maximum: float) -> int:
+    def pick(self, logits: NDArray[np.float32], best: int, maximum: float) -> int:
         """Choose the next token from one row of logits, which is overwritten.
 
         Args:
-            logits: of the ids in use.
+            logits: [used], of the ids in use.
             best: their largest one's id.
             maximum: and its value, finite.
 
@@ -190,7 +189,7 @@ class _Seen:
 
 
 def sample(
-    logits: Float32[np.ndarray, "rows vocab"],
+    logits: NDArray[np.float32],
     states: Sequence[SamplerState],
     *,
     num_tokens: int,
@@ -204,7 +203,7 @@ def sample(
     the first wrong draft token costs its rows and no more, and the answer is the same.
 
     Args:
-        logits: one row per sequence, or the rows of its draft, in order; overwritten.
+        logits: [rows, vocab], one row per sequence, or the rows of its draft, in order; overwritten.
         states: of each sequence.
         num_tokens: ids in use; the padding of the vocabulary above them is never chosen.
         drafts: of each sequence, perhaps empty; None: no drafts.
@@ -271,8 +270,8 @@ def _sequence(
     return Drawn(tuple(tokens), None if num_top is None else tuple(logprobs))
 
 
-def read_logprobs(logits: Float32[np.ndarray, "rows vocab"], tokens: Sequence[int], num_top: int, *, num_tokens: int) -> list[TokenLogprob]:
-    """Return the log-probability of one given token per row, and of the ``num_top`` best ids in use: a prompt's, or of a text to score.
+def read_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], num_top: int, *, num_tokens: int) -> list[TokenLogprob]:
+    """Return the log-probability of one given token per row of ``logits`` [rows, vocab], and of the ``num_top`` best ids in use.
 
     Raises:
         NotFinite: a row holds NaN or +inf, or nothing finite.
