@@ -123,7 +123,7 @@ def test_a_grammar_cannot_name_markers(tokenizer: Tokenizer, compiler: GrammarCo
 
 
 def test_the_mask_itself_forbids_markers_and_an_early_end(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constrain, "_probe", lambda *_: "")  # which refuses such grammars before
+    monkeypatch.setattr(constrain, "_probe", lambda *_: ("", 0))  # which refuses such grammars before
     compiler = GrammarCompiler(tokenizer, time_limit_s=60)
     with pytest.raises(RequestError, match="no further token"):
         compiler.compile(Constraint("grammar", f'start: {EOT} "a"'))
@@ -182,6 +182,7 @@ def nested(depth: int) -> str:
         ("regex", "(" * 3000 + "a" + ")" * 3000, "cannot be used"),
         ("regex", "(((a{1000}){1000}){1000}){1000}", "too complex"),
         ("grammar", 'start: a{1000000}\na: b{1000}\nb: "x"{1000}', "too complex"),
+        ("json_schema", '{"type": "integer", "multipleOf": 999983}', "at most 64 are allowed"),
         ("grammar", "start: foo", "foo"),
         ("grammar", "start: start", "no token"),
         ("grammar", "start: " + "(" * 3000 + '"a"' + ")" * 3000, "deeply nested"),
@@ -238,13 +239,13 @@ def test_compiled_grammars_are_kept_up_to_a_number_and_a_size(tokenizer: Tokeniz
     assert compiler.compile(Constraint("regex", "a")) is first
     compiler.compile(Constraint("regex", "c"))
     assert [constraint.source for constraint in compiler._cache] == ["a", "c"]
-    monkeypatch.setattr(constrain, "MAX_CACHED_CHARACTERS", 10)
-    compiler.compile(Constraint("regex", "d" * 10))
-    assert [constraint.source for constraint in compiler._cache] == ["d" * 10]
+    monkeypatch.setattr(constrain, "MAX_CACHED_BYTES", 1)
+    assert isinstance(compiler.compile(Constraint("regex", "d")), Grammar)
+    assert len(compiler._cache) == 0  # larger than all that may be kept
 
 
 def test_a_compilation_that_takes_too_long_is_given_up_and_others_go_on(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constrain, "_probe", lambda *_: "")
+    monkeypatch.setattr(constrain, "_probe", lambda *_: ("", 0))
     compiler = GrammarCompiler(tokenizer, time_limit_s=0.05)
     compiler.prepare()
     release, build = threading.Event(), compiler._build
@@ -274,9 +275,9 @@ def test_a_compilation_that_takes_too_long_is_given_up_and_others_go_on(tokenize
 
 def test_what_takes_all_time_or_memory_is_ended_with_its_process(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     source = constrain._definition(Constraint("json_schema", DOUBLING))  # type: ignore[arg-type]
-    assert "not compiled within 0.0 s" in constrain._probe(source, 0.01)
+    assert constrain._probe(source, 0.01) == ("it was not compiled within 0.0 s", 0)
     monkeypatch.setattr(constrain, "MEMORY_LIMIT_BYTES", 2**29)
-    assert "too much memory" in constrain._probe(source, 60)
+    assert "too much memory" in constrain._probe(source, 60)[0]
 
 
 def test_without_llguidance_only_constraints_are_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +304,7 @@ def test_the_engine_keeps_an_answer_to_its_form(model: Transformer, tokenizer: T
 def test_a_constraint_that_fails_under_way_ends_its_request_alone(
     model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constrain, "_probe", lambda *_: "")  # which refuses this one before
+    monkeypatch.setattr(constrain, "_probe", lambda *_: ("", 0))  # which refuses this one before
     engine = Engine(model, tokenizer, max_batch=2)
     dead_end = Constraint("grammar", f'start: "ab" <[{tokenizer.eos_id}]> "c"')
     ill, well = engine.generate(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.engine import sampler
-from dsv2.engine.request import SamplingParams
+from dsv2.engine.request import Constraint, SamplingParams
 from dsv2.engine.sampler import NotFinite, SamplerState, draw_seed, read_logprobs, sample, stream_key, uniform
 
 
@@ -264,6 +264,11 @@ def test_no_end_token_before_min_tokens() -> None:
     (refused, other) = sample(np.stack([logits, logits]), [only, state(SamplingParams(temperature=0))], num_tokens=4)
     assert refused.tokens == () and refused.error is not None and "min_tokens" in refused.error.message
     assert other.tokens == (2,) and only.num_drawn == 0
+
+
+def test_a_constraint_is_not_forgotten() -> None:
+    with pytest.raises(ValueError, match="matcher"):
+        state(SamplingParams(constraint=Constraint("json_object")))
 
 
 def test_penalties_count_more_tokens_than_there_was_room_for() -> None:

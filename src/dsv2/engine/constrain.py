@@ -26,7 +26,8 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 
 MAX_DEPTH = 64  # of arrays and objects in a schema
 MAX_CACHED = 64  # compiled constraints
-MAX_CACHED_CHARACTERS = 2**20  # of their sources
+MAX_CACHED_BYTES = 2**28  # that they take, all together
+MAX_GRAMMAR_BYTES = 2**26  # that one takes; an ordinary schema 1 to 20 MB, "a multiple of 999,983" 110 MB
 MAX_COMPILING = 2  # at a time
 MAX_QUEUED = 64
 TIME_LIMIT_S = 5.0
@@ -106,9 +107,10 @@ class Matcher:
 
 
 class Grammar:
-    """A compiled constraint, shared by all answers that ask for it."""
+    """A compiled constraint, shared by all answers that ask for it; ``num_bytes`` is about what it takes."""
 
-    def __init__(self, prototype: Any, ordinary: NDArray[np.bool_], eos_id: int) -> None:
+    def __init__(self, prototype: Any, ordinary: NDArray[np.bool_], eos_id: int, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
         self._prototype = prototype
         self._ordinary = ordinary
         self._eos_id = eos_id
@@ -239,7 +241,7 @@ class GrammarCompiler:
 
     def _keep(self, constraint: Constraint, grammar: Grammar) -> None:
         self._cache[constraint] = grammar
-        while len(self._cache) > MAX_CACHED or sum(len(kept.source) for kept in self._cache) > MAX_CACHED_CHARACTERS:
+        while len(self._cache) > MAX_CACHED or sum(kept.num_bytes for kept in self._cache.values()) > MAX_CACHED_BYTES:
             self._cache.popitem(last=False)
 
     def _build(self, constraint: Constraint, limit_s: float) -> Grammar:
@@ -247,7 +249,9 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         source = _definition(constraint)
-        complaint = _probe(source, limit_s)
+        complaint, num_bytes = _probe(source, limit_s)
+        if not complaint and num_bytes > MAX_GRAMMAR_BYTES:
+            complaint = f"compiled it takes {num_bytes / 2**20:.0f} MiB; at most {MAX_GRAMMAR_BYTES // 2**20} are allowed"
         if complaint:
             raise RequestError(f"constraint: the {constraint.kind} cannot be used: {complaint}")
         inner = LLMatcher(self._vocabulary, source, log_level=0, limits=LLParserLimits(**_LIMITS))
@@ -256,7 +260,7 @@ class GrammarCompiler:
         size = self._tokenizer.num_tokens
         ordinary = np.ones(size, np.bool_)
         ordinary[list(self._tokenizer.special_ids.values())] = False
-        grammar = Grammar(inner, ordinary, self._tokenizer.eos_id)
+        grammar = Grammar(inner, ordinary, self._tokenizer.eos_id, max(num_bytes, len(source)))
         grammar.matcher().allowed()  # refused here rather than at the first token where nothing matches
         return grammar
 
@@ -284,8 +288,8 @@ def _read_vocabulary(tokenizer: Tokenizer) -> Any:
     return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.num_tokens, eos_token=tokenizer.eos_id)
 
 
-def _probe(source: str, limit_s: float) -> str:
-    """Return what is wrong with a grammar in llguidance's form, found in a process whose memory and time are limited; "" if nothing."""
+def _probe(source: str, limit_s: float) -> tuple[str, int]:
+    """Compile a grammar in llguidance's form in a process of limited memory and time; return what is wrong ("": nothing) and its bytes."""
     import llguidance
 
     job = {
@@ -299,10 +303,11 @@ def _probe(source: str, limit_s: float) -> str:
     try:
         done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return f"it was not compiled within {limit_s:.1f} s"
+        return f"it was not compiled within {limit_s:.1f} s", 0
     if done.returncode:
-        return "compiling it takes too much memory or time"
-    return _first_words(done.stdout)
+        return "compiling it takes too much memory or time", 0
+    answer = json.loads(done.stdout)
+    return _first_words(answer["complaint"]), answer["grown_bytes"]
 
 
 def _definition(constraint: Constraint) -> str:

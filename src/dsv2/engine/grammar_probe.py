@@ -1,9 +1,10 @@
 """Compile a constraint in a process of its own, with a cap on its memory and time, to see whether it can be done.
 
 A schema of a few hundred bytes can make the compiler take all memory (30 steps of "twice the next one" are 2^30 copies), which no limit
-of the library stops and no thread survives. ``engine/constrain.py`` runs this file as a program before it compiles in its own process:
-a JSON object with ``packages`` (folder that llguidance lies in), ``source``, ``limits``, ``memory_bytes`` and ``cpu_s`` comes in, and
-what is wrong goes out, nothing if nothing is. It imports nothing of dsv2, so that it starts in some 70 ms.
+of the library stops and no thread survives. ``engine/constrain.py`` runs this file as a program before it compiles in its own process.
+A JSON object comes in: ``packages`` (the folder that llguidance lies in), ``source``, ``limits``, ``memory_bytes`` and ``cpu_s``. One
+goes out: ``complaint`` ("" if nothing is wrong) and ``grown_bytes``, what compiling added to the memory. It imports nothing of dsv2, so
+that it starts in some 70 ms.
 """
 
 import json
@@ -27,12 +28,12 @@ class ByteVocabulary:
 
 
 def main() -> None:
-    """Read a job from stdin, compile it and make its first mask; write the error to stdout."""
+    """Read a job from stdin, compile it and go its first steps; write what came of it to stdout."""
     job: dict[str, Any] = json.load(sys.stdin)
     try:
         import resource
     except ImportError:  # not on Windows; the time limit of the caller remains
-        pass
+        resource = None  # type: ignore[assignment]
     else:
         resource.setrlimit(resource.RLIMIT_AS, (job["memory_bytes"], job["memory_bytes"]))
         resource.setrlimit(resource.RLIMIT_CPU, (job["cpu_s"], job["cpu_s"]))
@@ -41,10 +42,12 @@ def main() -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
     vocabulary = LLTokenizer(TokenizerWrapper(ByteVocabulary()), n_vocab=257, eos_token=256)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     matcher = LLMatcher(vocabulary, job["source"], log_level=0, limits=LLParserLimits(**job["limits"]))
     complaint = matcher.get_error() or walk(matcher)
-    if complaint:
-        print(complaint)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    print(json.dumps({"complaint": complaint, "grown_bytes": (after - before) * unit}))
 
 
 def walk(matcher: Any) -> str:

@@ -94,6 +94,8 @@ class SamplerState:
         end_ids: Collection[int] = (),
         matcher: Matcher | None = None,
     ) -> None:
+        if params.constraint is not None and matcher is None:
+            raise ValueError("a request with a constraint needs a matcher")
         self.params = params
         self.num_drawn = 0
         self._key = stream_key(seed, index)
