@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 # The extras of pyproject.toml and what each brings; distribution and import name are the same for all of them.
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "constrain": ("llguidance",),
     "serve": ("fastapi", "uvicorn"),
     "data": ("pyarrow", "zstandard", "datasketch", "ftfy", "py3langid"),
     "eval": ("sympy",),

@@ -67,3 +67,29 @@ def test_characters_come_whole(tokenizer: Tokenizer, text: str) -> None:
         if stream.stopped:
             break
     assert shown + stream.finish() == cut(text, ["\U0001f600\U0001f600"])
+
+
+def cut_late(pieces: list[str], stops: list[str], include_stop: bool, min_tokens: int) -> str:
+    """By definition, with stops that count only when a later token than number ``min_tokens`` completes them."""
+    text, exempt = "".join(pieces), len("".join(pieces[:min_tokens]))
+    for end in range(exempt + 1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[:end] if include_stop else text[: end - max(map(len, ending))]
+    return text
+
+
+@given(st.lists(st.text("ab.", max_size=4), max_size=8), STOPS, st.booleans(), st.integers(0, 6))
+@example(["ab", "b"], ["ab", "bb"], True, 1)
+@example(["a", "", "b"], ["ab"], False, 2)
+def test_stops_that_are_kept_and_stops_that_come_too_early(
+    pieces: list[str], stops: list[str], include_stop: bool, min_tokens: int
+) -> None:
+    truth = cut_late(pieces, stops, include_stop, min_tokens)
+    stream, shown = TextStream(Pieces(pieces), stops, include_stop=include_stop, min_tokens=min_tokens), ""
+    for token in range(len(pieces)):
+        shown += stream.push(token)
+        assert truth.startswith(shown)
+        if stream.stopped:
+            break
+    assert shown + stream.finish() == truth

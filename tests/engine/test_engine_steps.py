@@ -61,6 +61,16 @@ def test_a_stop_id_ends_the_answer_and_is_not_in_the_text(saying: Any, tokenizer
     assert output.text == tokenizer.decode(ids[:2]) and output.finish_reason == "stop"
 
 
+def test_min_tokens_and_a_kept_stop_string(saying: Any, tokenizer: Tokenizer) -> None:
+    (output,) = saying("the sea and the sea").generate([ask(stop=("sea",), include_stop=True)])
+    assert (output.text, output.finish_reason) == ("the sea", "stop")
+    first = len(tokenizer.encode("the sea", add_bos=False))
+    (output,) = saying("the sea and the sea").generate([ask(stop=("sea",), include_stop=True, min_tokens=first)])
+    assert (output.text, output.finish_reason) == ("the sea and the sea", "stop")
+    (output,) = saying("sea").generate([ask(min_tokens=7, max_tokens=7, logit_bias={5: 1.0})])
+    assert tokenizer.eos_id not in output.tokens and 5 in output.tokens and output.finish_reason == "length"
+
+
 def test_streamed_text_never_shows_a_stop_string_or_half_a_character(saying: Any) -> None:
     text = "the book 河流入海 says it; the boats run"
     pieces = list(saying(text).stream(ask(max_tokens=90, stop=("boats sink", "run", "says so"))))
@@ -174,6 +184,12 @@ def test_closing_a_stream_aborts_its_request(saying: Any) -> None:
         (Request("r", (0, 10**6), GREEDY), ("tokens", "1000000")),
         (Request("r", (0,), SamplingParams(stop_token_ids=(10**6,), max_tokens=1)), ("stop_token_ids", "1000000")),
         (Request("taken", (0,), GREEDY), ("'taken'",)),
+        (Request("r", (0,), SamplingParams(logit_bias={10**6: 1}, max_tokens=1)), ("logit_bias", "1000000")),
+        (Request("r", (0,), SamplingParams(n=2, max_tokens=1)), ("n",)),
+        (Request("r", (0,), SamplingParams(prompt_logprobs=1, max_tokens=1)), ("prompt_logprobs",)),
+        (Request("r", (0,), GREEDY, deadline_s=1), ("deadline_s",)),
+        (Request("r", (0,), GREEDY, priority=1), ("priority",)),
+        (Request("r", (0,), GREEDY, record_experts=True), ("record_experts",)),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_numbers(saying: Any, request_: Request, numbers: tuple[str, ...]) -> None:

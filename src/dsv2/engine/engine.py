@@ -9,14 +9,16 @@ the cache in place.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv2.engine.constrain import Grammar, GrammarCompiler
 from dsv2.engine.request import FinishReason, Output, Request, TokenLogprob
 from dsv2.engine.runner import Runner
-from dsv2.engine.sampler import NotFinite, make_generator, sample
+from dsv2.engine.sampler import Drawn, NotFinite, SamplerState, draw_seed, sample
 from dsv2.engine.slab import LatentSlab
 from dsv2.engine.text import TextStream
 from dsv2.errors import CheckpointError, ConfigError, RequestError
@@ -73,6 +75,8 @@ class Engine:
             weight.device,
         )
         self._runner = Runner(model, self._slab)
+        self._grammars = GrammarCompiler(tokenizer)
+        self._compiled: dict[str, Grammar] = {}  # of waiting requests
         self._ids: set[str] = set()
         self._waiting: deque[Request] = deque()
         self._live: list[_Running] = []  # by row
@@ -92,7 +96,9 @@ class Engine:
         """Accept a request; it starts at the next step with a free row.
 
         Raises:
-            RequestError: its id is taken, it cannot fit into ``max_len`` tokens, or it names an id outside the vocabulary.
+            RequestError: its id is taken, it cannot fit into ``max_len`` tokens, it names an id outside the vocabulary, its constraint
+                cannot be compiled, or it asks for what this engine does not do.
+            MissingExtra: it has a constraint and llguidance is not installed.
         """
         name, params, num_tokens = request.request_id, request.params, self.tokenizer.num_tokens
         if name in self._ids:
@@ -103,9 +109,17 @@ class Engine:
                 f" the context of {self.max_len} tokens",
                 hint="shorten the prompt or lower max_tokens",
             )
-        for field, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids)):
+        biased = tuple(token for token, _ in params.logit_bias)
+        for field, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
             if ids and max(ids) >= num_tokens:
                 raise RequestError(f"request {name!r}: {field} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
+        asked = {"n": params.n > 1, "prompt_logprobs": params.prompt_logprobs is not None, "priority": request.priority != 0}
+        asked |= {"deadline_s": request.deadline_s is not None, "record_experts": request.record_experts}
+        for field, wanted in asked.items():
+            if wanted:
+                raise RequestError(f"request {name!r}: this engine does not do {field}", hint=f"leave {field} out")
+        if params.constraint is not None:
+            self._compiled[name] = self._grammars.compile(params.constraint)
         self._ids.add(name)
         self._waiting.append(request)
 
@@ -125,7 +139,8 @@ class Engine:
             while self._waiting and len(self._live) < self.max_batch:
                 row, request = len(self._live), self._waiting[0]
                 logits = self._runner.prefill(row, request.tokens)
-                self._live.append(_Running(self._waiting.popleft(), self.tokenizer))
+                grammar = self._compiled.pop(request.request_id, None)
+                self._live.append(_Running(self._waiting.popleft(), self.tokenizer, grammar))
                 outputs += self._extend(row, logits)
         except BaseException:
             self._undelivered = outputs
@@ -142,10 +157,11 @@ class Engine:
             if running.request.request_id == request_id:
                 self._slab.clear(row)
                 self._leave(row)
-                return running.output((), running.text.finish(), "abort", [])
+                return running.output((), running.text.finish(), "abort", ())
         request = next(request for request in self._waiting if request.request_id == request_id)
         self._waiting.remove(request)
-        return _Running(request, self.tokenizer).output((), "", "abort", [])
+        self._compiled.pop(request_id, None)
+        return _Running(request, self.tokenizer).output((), "", "abort", ())
 
     def stream(self, request: Request) -> Iterator[Output]:
         """Add a request and yield its outputs as they come; closing the iterator aborts it.
@@ -199,18 +215,13 @@ class Engine:
         """Sample a token for each live row from ``first_row`` on; free the rows that end with it."""
         extended = self._live[first_row:]
         try:
-            tokens, logprobs = sample(
-                logits,
-                [running.request.params for running in extended],
-                [running.generator for running in extended],
-                num_tokens=self.tokenizer.num_tokens,
-            )
+            drawn = sample(logits.cpu().numpy(), [running.sampler for running in extended], num_tokens=self.tokenizer.num_tokens)
         except NotFinite as failure:
             names = [extended[row].request.request_id for row in failure.rows]
             for name in names:
                 self.abort(name)
             raise CheckpointError(f"request {', '.join(map(repr, names))}: {failure.message}", hint=failure.hint) from failure
-        outputs = [running.take(token, logprob) for running, token, logprob in zip(extended, tokens, logprobs, strict=True)]
+        outputs = [running.take(gained) for running, gained in zip(extended, drawn, strict=True)]
         for row in reversed(range(len(extended))):  # from the end, so that the row that fills a gap is a live one
             if outputs[row].finish_reason is not None:
                 self._ids.remove(outputs[row].request_id)
@@ -229,14 +240,19 @@ class Engine:
 class _Running:
     """A request in a row, between its steps."""
 
-    __slots__ = ("generator", "last_token", "num_new", "request", "stop_ids", "text")
+    __slots__ = ("last_token", "num_new", "request", "sampler", "text")
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
         params = request.params
         self.request = request
-        self.generator = make_generator(params)
-        self.text = TextStream(tokenizer.stream(), params.stop)
-        self.stop_ids = frozenset(params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, tokenizer.eos_id))
+        self.sampler = SamplerState(
+            params,
+            request.tokens,
+            seed=draw_seed(params),
+            end_ids=params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, tokenizer.eos_id),
+            matcher=None if grammar is None else grammar.matcher(),
+        )
+        self.text = TextStream(tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens)
         self.num_new = 0
         self.last_token = -1
 
@@ -245,12 +261,15 @@ class _Running:
         """Tokens in the cache: all but the last drawn one, whose position this is."""
         return len(self.request.tokens) + self.num_new - 1
 
-    def take(self, token: int, logprob: TokenLogprob | None) -> Output:
+    def take(self, drawn: Drawn) -> Output:
         """Add a drawn token; return what the request gained, and whether and why it ends."""
+        if drawn.error is not None:
+            return replace(self.output((), self.text.finish(), "error", ()), error=drawn.error.message)
+        (token,) = drawn.tokens
         self.last_token = token
         self.num_new += 1
         reason: FinishReason | None = None
-        if token in self.stop_ids:
+        if self.sampler.ends(token):
             text, reason = self.text.finish(), "stop"
         else:
             text = self.text.push(token)
@@ -258,11 +277,11 @@ class _Running:
                 text, reason = text + self.text.finish(), "length"
             if self.text.stopped:
                 reason = "stop"
-        return self.output((token,), text, reason, [logprob])
+        return self.output((token,), text, reason, drawn.logprobs or ())
 
-    def output(self, tokens: tuple[int, ...], text: str, reason: FinishReason | None, logprobs: list[TokenLogprob | None]) -> Output:
+    def output(self, tokens: tuple[int, ...], text: str, reason: FinishReason | None, logprobs: Sequence[TokenLogprob]) -> Output:
         """Make an output of this request."""
-        given = None if self.request.params.logprobs is None else tuple(entry for entry in logprobs if entry is not None)
+        given = None if self.request.params.logprobs is None else tuple(logprobs)
         return Output(self.request.request_id, tokens, text, reason, given, len(self.request.tokens))
 
 
@@ -276,4 +295,5 @@ def _joined(parts: Sequence[Output]) -> Output:
         last.finish_reason,
         None if last.logprobs is None else tuple(entry for part in parts for entry in part.logprobs or ()),
         last.prompt_tokens,
+        error=last.error,
     )

@@ -15,42 +15,56 @@ class TextStream:
     Args:
         decoder: of this answer alone.
         stop: strings that end it.
+        include_stop: leave the stop string in the text.
+        min_tokens: a stop string that is complete by this many tokens does not count; one that only begins by then does.
     """
 
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str]) -> None:
+    def __init__(self, decoder: StreamDecoder, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0) -> None:
         self._decoder = decoder
         self._stop = stop
+        self._include_stop = include_stop
+        self._tokens_left = min_tokens
         self._held = ""
+        self._exempt = 0  # characters of what is held that came with the first min_tokens tokens
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain. Sets ``stopped`` when a stop string is complete."""
-        return self._settle(self._decoder.push(token_id))
+        exempt = self._tokens_left > 0
+        self._tokens_left -= exempt
+        return self._settle(self._decoder.push(token_id), exempt=exempt)
 
     def finish(self) -> str:
         """Return what was held back, when no more tokens will come."""
         if self.stopped:
             return ""
-        certain = self._settle(self._decoder.finish())
+        certain = self._settle(self._decoder.finish(), exempt=self._tokens_left > 0)
         held, self._held = ("", "") if self.stopped else (self._held, "")
         return certain + held
 
-    def _settle(self, text: str) -> str:
+    def _settle(self, text: str, *, exempt: bool) -> str:
         if not self._stop or not text:
             return text
         text = self._held + text
-        begin = self._first_stop(text)
-        if begin is not None:
+        if exempt:
+            self._exempt = len(text)
+        end = self._first_stop(text)
+        if end is not None:
             self.stopped, self._held = True, ""
-            return text[:begin]
-        undecided = self._undecided(text)
-        self._held = text[len(text) - undecided :]
-        return text[: len(text) - undecided]
+            return text[:end]
+        certain = len(text) - self._undecided(text)
+        self._held = text[certain:]
+        self._exempt = max(0, self._exempt - certain)
+        return text[:certain]
 
     def _first_stop(self, text: str) -> int | None:
-        """Return where the stop string that is completed first begins."""
-        found = [(begin + len(stop), begin) for stop in self._stop if (begin := text.find(stop)) >= 0]
-        return min(found)[1] if found else None
+        """Return where the text is to be cut for the stop string that is completed first."""
+        found = []
+        for stop in self._stop:
+            begin = text.find(stop, max(0, self._exempt + 1 - len(stop)))
+            if begin >= 0:
+                found.append((begin + len(stop), begin))
+        return min(found)[0 if self._include_stop else 1] if found else None
 
     def _undecided(self, text: str) -> int:
         """Return the length of the longest end of ``text`` that begins a stop string."""
