@@ -1,7 +1,6 @@
-"""The engine against the whole forward pass: prefill + decode, batched = alone, in any order, joining at any time (real model)."""
+"""The engine on a real model: batched = alone, in any order, joining at any time; prefixes, preemption and drafts change no text."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,58 +9,11 @@ from hypothesis import strategies as st
 
 from dsv2.engine.engine import Engine
 from dsv2.engine.request import Output, Request, SamplingParams
-from dsv2.engine.runner import Runner
-from dsv2.engine.slab import LatentSlab
 from dsv2.model.config import ModelConfig
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.presets import preset
 from dsv2.tokenizer.tokenizer import Tokenizer
-
-YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16, "mscale": 0.707, "mscale_all_dim": 0.707}
-SHAPES: dict[str, dict[str, Any]] = {
-    "lite": {"rope_scaling": YARN},
-    "compressed queries, groups": {
-        "q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0,
-    },
-    "dense": {"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None},
-}  # fmt: skip
-
-
-def runner_of(model: Transformer, **settings: Any) -> Runner:
-    config, weight = model.config, next(model.parameters())
-    slab = LatentSlab(config.num_hidden_layers, 4, 96, config.kv_lora_rank, config.qk_rope_head_dim, settings.get("dtype", weight.dtype))
-    return Runner(model, slab)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("prompt_lens", [[5], [1], [3, 3], [1, 30, 8]])
-def test_prefill_and_decode_give_the_logits_of_the_whole(
-    small_config: Callable[..., ModelConfig], shape: str, prompt_lens: list[int]
-) -> None:
-    model = Transformer(small_config(**SHAPES[shape]))
-    initialise(model, seed=1)
-    num_new = 12
-    generator = torch.Generator().manual_seed(4)
-    rows = [torch.randint(0, 300, (length + num_new,), generator=generator) for length in prompt_lens]
-    with torch.inference_mode():
-        whole = [model.logits(model(row[None]).hidden)[0] for row in rows]
-    runner = runner_of(model)
-    for i, (row, length) in enumerate(zip(rows, prompt_lens, strict=True)):
-        torch.testing.assert_close(runner.prefill(i, row[:length].tolist())[0], whole[i][length - 1], rtol=1e-5, atol=1e-5)
-    for step in range(num_new):
-        logits = runner.decode([int(row[n + step]) for row, n in zip(rows, prompt_lens, strict=True)], [n + step for n in prompt_lens])
-        truth = torch.stack([full[n + step] for full, n in zip(whole, prompt_lens, strict=True)])
-        torch.testing.assert_close(logits, truth, rtol=1e-5, atol=1e-5)
-
-
-def test_a_cache_in_bfloat16_changes_the_logits_by_its_rounding_only(model: Transformer) -> None:
-    tokens = list(range(20, 50))
-    exact, rounded = runner_of(model), runner_of(model, dtype=torch.bfloat16)
-    a, b = (torch.cat((runner.prefill(0, tokens), runner.decode([7], [30]))) for runner in (exact, rounded))
-    assert not torch.equal(a, b)
-    assert (a - b).abs().max() < 0.1 * a.std()
-
 
 REQUESTS = [
     ("The river", SamplingParams(seed=1, max_tokens=20)),
@@ -139,3 +91,96 @@ def test_published_shapes_run(tokenizer: Tokenizer, small_config: Callable[..., 
     outputs = engine.generate([Request(str(i), (0,), SamplingParams(max_tokens=4, seed=i, ignore_eos=True)) for i in range(3)])
     assert [len(output.tokens) for output in outputs] == [4, 4, 4]
     assert engine.cache_bytes_per_token == model.config.num_hidden_layers * model.config.latent_dim * 4
+
+
+LONG = tuple(int(token) for token in torch.randint(0, 300, (700,), generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.fixture(scope="module")
+def long_model(tokenizer: Tokenizer, small_config: Callable[..., ModelConfig]) -> Transformer:
+    model = Transformer(small_config(max_position_embeddings=1024))
+    initialise(model, seed=5)
+    return model
+
+
+def long_requests() -> list[Request]:
+    """Prompts of 60 to 600 tokens that share beginnings, some drawn, some greedy, some repeating themselves."""
+    prompts = [LONG[:600], LONG[:300], LONG[:320] + (1, 2), LONG[:70], (5, 6, 7, 8) * 20, LONG[10:400], LONG[:513]]
+    return [
+        Request(str(i), prompt, SamplingParams(seed=i, temperature=0.8 * (i % 2), max_tokens=24, ignore_eos=True, logprobs=0))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def texts(engine: Engine, requests: list[Request]) -> list[tuple[int, ...]]:
+    found = [output.tokens for output in engine.generate(requests)]
+    assert engine._scheduler.pool.num_used == 0
+    engine._scheduler.check()
+    return found
+
+
+def test_prefixes_preemption_drafts_and_batches_change_no_text(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    requests = long_requests()
+    alone = [texts(Engine(long_model, tokenizer, max_batch=1, reuse=False, speculate=False), [request])[0] for request in requests]
+    full = 1024 * long_model.config.num_hidden_layers * 32 * 4 / 1e9  # GB of a cache for one long request
+    for settings_ in (
+        {"max_batch": 7, "reuse": False, "speculate": False},
+        {"max_batch": 7, "max_step_s": 1e-4},
+        {"max_batch": 3, "cache_gb": full},
+        {"max_batch": 7, "cache_gb": full, "speculate": True, "reuse": False},
+        {"max_batch": 2, "backend": "torch"},
+    ):
+        engine = Engine(long_model, tokenizer, **settings_)  # type: ignore[arg-type]
+        assert texts(engine, requests) == alone, settings_
+        if "reuse" not in settings_:
+            again = engine.generate(requests)
+            assert [output.tokens for output in again] == alone
+            assert engine.cache.num_blocks < 20 or [output.cached_tokens for output in again] == [576, 256, 320, 64, 64, 384, 512]
+
+
+def test_several_answers_to_one_prompt_share_it(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(long_model, tokenizer, max_batch=4)
+    params = SamplingParams(seed=3, n=4, max_tokens=8, ignore_eos=True)
+    outputs = engine.generate([Request("r", LONG[:200], params)])
+    assert [output.index for output in outputs] == [0, 1, 2, 3] and len({output.tokens for output in outputs}) == 4
+    assert sorted(output.cached_tokens for output in outputs) == [0, 192, 192, 192]
+
+
+def test_prompt_log_probabilities_are_those_of_the_model(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    prompt = LONG[:400]
+    engine = Engine(long_model, tokenizer)
+    with torch.inference_mode():
+        logits = long_model.logits(long_model(torch.tensor([prompt])).hidden)[0]
+    truth = logits.log_softmax(-1)[torch.arange(399), torch.tensor(prompt[1:])]
+    for _ in range(2):  # the second time nothing may be taken from the cache
+        (output,) = engine.generate([Request("r", prompt, SamplingParams(prompt_logprobs=2, max_tokens=1))])
+        assert output.prompt_logprobs is not None and [entry.token for entry in output.prompt_logprobs] == list(prompt[1:])
+        torch.testing.assert_close(torch.tensor([entry.logprob for entry in output.prompt_logprobs]), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_recorded_experts_are_those_of_the_model(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(long_model, tokenizer, max_batch=2)
+    params = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+    plain, output = engine.generate([Request("a", LONG[:300], params), Request("b", LONG[:300], params, record_experts=True)])
+    assert plain.experts is None and output.experts is not None and output.tokens == plain.tokens
+    with torch.inference_mode():
+        stats = long_model(torch.tensor([[*LONG[:300], *output.tokens[:-1]]])).router_stats
+    assert (output.experts == torch.stack([layer.experts[0] for layer in stats], dim=1).numpy()).all()
+
+
+def test_changed_weights_are_used_at_once_and_old_latents_forgotten(tokenizer: Tokenizer, small_config: Callable[..., ModelConfig]) -> None:
+    model = Transformer(small_config(max_position_embeddings=1024))
+    initialise(model, seed=5)
+    engine = Engine(model, tokenizer, max_batch=2)
+    before = texts(engine, [long_requests()[0]])
+    initialise(model, seed=6)
+    engine.weights_changed()
+    after = texts(engine, [long_requests()[0]])
+    assert after == texts(Engine(model, tokenizer, reuse=False), [long_requests()[0]]) != before
+
+
+def test_a_deadline_ends_an_answer(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(long_model, tokenizer)
+    (output,) = engine.generate([Request("r", LONG[:64], SamplingParams(max_tokens=900, ignore_eos=True), deadline_s=0.05)])
+    assert output.finish_reason == "deadline" and len(output.tokens) < 900
+    assert engine._scheduler.pool.num_used == 0

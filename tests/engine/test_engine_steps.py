@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,7 +112,7 @@ def test_requests_join_wait_and_leave(saying: Any) -> None:
     while engine.has_work:
         outputs = engine.step()
         step += 1
-        assert len(outputs) <= 3  # two rows, and one that takes over a row that was freed in this step
+        assert len(outputs) <= 2
         if step == 2:
             engine.add(ask("c", max_tokens=lengths["c"]))
             engine.add(ask("d", max_tokens=lengths["d"]))
@@ -120,7 +121,7 @@ def test_requests_join_wait_and_leave(saying: Any) -> None:
             got[output.request_id] = got.get(output.request_id, 0) + 1
             assert (output.finish_reason == "length") == (got[output.request_id] == lengths[output.request_id])
     assert got == lengths
-    assert started == {"a": 1, "b": 1, "c": 3, "d": 4}  # c takes the row of a at once, d that of c
+    assert started == {"a": 1, "b": 1, "c": 4, "d": 6}  # c takes the place of a in the step after, d that of c
     assert engine.step() == []
     engine.add(ask("a", max_tokens=1))  # a name is free again
 
@@ -185,11 +186,6 @@ def test_closing_a_stream_aborts_its_request(saying: Any) -> None:
         (Request("r", (0,), SamplingParams(stop_token_ids=(10**6,), max_tokens=1)), ("stop_token_ids", "1000000")),
         (Request("taken", (0,), GREEDY), ("'taken'",)),
         (Request("r", (0,), SamplingParams(logit_bias={10**6: 1}, max_tokens=1)), ("logit_bias", "1000000")),
-        (Request("r", (0,), SamplingParams(n=2, max_tokens=1)), ("n",)),
-        (Request("r", (0,), SamplingParams(prompt_logprobs=1, max_tokens=1)), ("prompt_logprobs",)),
-        (Request("r", (0,), GREEDY, deadline_s=1), ("deadline_s",)),
-        (Request("r", (0,), GREEDY, priority=1), ("priority",)),
-        (Request("r", (0,), GREEDY, record_experts=True), ("record_experts",)),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_numbers(saying: Any, request_: Request, numbers: tuple[str, ...]) -> None:
@@ -246,7 +242,9 @@ def test_a_dropped_request_spoils_no_later_one(model: Transformer, tokenizer: To
     engine.add(ask("long", prompt_len=20, ignore_eos=True))
     engine.add(ask("ill", prompt_len=10, ignore_eos=True))
     engine.step()
-    engine._slab.entries[:, 1, 5] = float("nan")
+    (block,) = next(answer.seq.blocks for answer in engine._answers.values() if answer.request.request_id == "ill")
+    entries = np.frombuffer(engine._stack.store.memory.view(), np.float32)
+    entries[: engine.cache.num_blocks * 64 * 32].reshape(-1, 64, 32)[block, 5] = np.nan  # of the first layer
     with pytest.raises(CheckpointError, match="'ill'"):
         engine.step()
     engine.add(ask("next", prompt_len=2, max_tokens=3, ignore_eos=True))

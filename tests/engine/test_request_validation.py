@@ -77,7 +77,7 @@ def test_a_bias_may_be_a_mapping_or_pairs_and_is_kept_by_id() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("priority", 1.5), ("priority", 2**31), ("priority", True), ("deadline_s", 0), ("deadline_s", -1), ("deadline_s", math.inf),
+        ("priority", 1.5), ("priority", 101), ("priority", True), ("deadline_s", 0), ("deadline_s", -1), ("deadline_s", math.inf),
         ("deadline_s", "5"), ("cache_salt", 5), ("cache_salt", "a" * 257), ("record_experts", 1),
     ],
 )  # fmt: skip

@@ -42,7 +42,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch, reciter: Any, tokenizer: Tokenizer
         class Recording(Engine):
             def add(self, request: Any) -> None:
                 requests.append(request)
-                self._runner.model = reciter([*said, tokenizer.eos_id], prompt_len=len(request.tokens))
+                self._stack._model = reciter([*said, tokenizer.eos_id], prompt_len=len(request.tokens))
                 super().add(request)
 
         monkeypatch.setattr(terminal, "latest_checkpoint", Path)  # which need not exist

@@ -25,6 +25,7 @@ RIVER = [
     {"server"},
     {"evaluation"},
     {"reproduce", "report", "info", "plan", "samples", "tour", "doctor"},
+    {"verbs"},
     {"cli"},  # reaches the stages through strings
     {"__main__", "__init__"},
 ]

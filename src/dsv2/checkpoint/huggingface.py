@@ -46,7 +46,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> Trans
 
 
 def fitting_dtype(folder: str | Path) -> torch.dtype | None:
-    """Return the first of fp32, bf16 and int8 in which a model leaves a tenth of the available memory free; None where it is int8 on disk.
+    """Return the dtype to run a model in: its own (fp16: fp32), or the first narrower one that leaves a tenth of the memory free.
+
+    None where it is int8 on disk.
 
     Raises:
         CheckpointError: the folder is not a whole model.
@@ -55,7 +57,8 @@ def fitting_dtype(folder: str | Path) -> torch.dtype | None:
     if is_int8(source):
         return None
     available = available_memory()
-    for dtype in (torch.float32, torch.bfloat16):
+    own = DTYPES[source.specs["model.embed_tokens.weight"].dtype]
+    for dtype in (torch.bfloat16,) if own == torch.bfloat16 else (torch.float32, torch.bfloat16):
         if available is None or (_size(Converted(source, dtype)) + _HEADROOM_BYTES) * 1.1 <= available:
             return dtype
     return torch.int8

@@ -3,10 +3,9 @@
 Which block belongs to whom is ``blocks.py``'s to know; what an entry holds is written in kernels/formats.py.
 """
 
-import torch
-
 from dsv2.errors import ConfigError
 from dsv2.kernels.cpu.library import BLOCK_LEN, CacheFormat
+from dsv2.kernels.cpu.memory import HugeMemory
 from dsv2.model.config import ModelConfig
 
 _SLACK = 256  # bytes behind the last entry: kernels read whole registers
@@ -16,8 +15,8 @@ NAMES = {"fp32": CacheFormat.F32, "bf16": CacheFormat.BF16, "8": CacheFormat.EIG
 def entry_bytes(config: ModelConfig, kind: CacheFormat) -> int:
     """Return the bytes of one token in one layer.
 
-    With d_c numbers of a latent and d_h^R of a key: 4 (d_c + d_h^R) in fp32, 2 (d_c + d_h^R) in bf16; 8 bits: d_c + 2 ceil(d_c / 64) + 2 d_h^R;
-    6 bits: d_c / 2 + 3 d_c / 32 + 2 d_h^R, which is 6.000 bits a number for V2's 512 + 64 (spec 7).
+    With d_c numbers of a latent and d_h^R of a key: 4 (d_c + d_h^R) in fp32, 2 (d_c + d_h^R) in bf16; 8 bits: d_c + 2 ceil(d_c / 64) +
+    2 d_h^R; 6 bits: d_c / 2 + 3 d_c / 32 + 2 d_h^R, which is 6.000 bits a number for V2's 512 + 64 (spec 7).
 
     Raises:
         ConfigError: 6 bits take latents in groups of 32.
@@ -46,7 +45,7 @@ class LatentStore:
     def __init__(self, config: ModelConfig, kind: CacheFormat, num_blocks: int) -> None:
         self.format, self.entry_bytes, self.num_blocks = kind, entry_bytes(config, kind), num_blocks
         self.num_layers = config.num_hidden_layers
-        self.data = torch.empty(self.num_layers * num_blocks * BLOCK_LEN * self.entry_bytes + _SLACK, dtype=torch.uint8)
+        self.memory = HugeMemory(self.num_layers * num_blocks * BLOCK_LEN * self.entry_bytes + _SLACK)
 
     @property
     def bytes_per_token(self) -> int:

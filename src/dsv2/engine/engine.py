@@ -1,107 +1,146 @@
-"""The engine: requests join, decode together and leave, one step at a time.
+"""The engine: requests join, run together and leave, one step at a time.
 
-    add -> waiting -> (a free row: prefill, first token) -> live -> (decode, one token a step) -> finished
+    add -> (constraint compiled) -> scheduler -> a plan of chunks -> stack: one call -> sampler -> Outputs
 
-A step decodes one token for every live row, then prefills what waits while rows are free, and returns what each request gained. The
-caller's thread does all the work; nothing runs between steps. Live requests fill the rows from 0 on without gaps, so that a step reads
-the cache in place.
+A step is one call of the layer stack over the chunks that the scheduler chose: a token, with drafts, of every answer that is being
+written, and pieces of prompts. The caller's thread does all the work; nothing runs between steps.
 """
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from itertools import count
+from typing import TypeVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
 
-from dsv2.engine.constrain import Grammar, GrammarCompiler
-from dsv2.engine.request import FinishReason, Output, Request, TokenLogprob
-from dsv2.engine.runner import Runner
-from dsv2.engine.sampler import Drawn, NotFinite, SamplerState, draw_seed, sample
-from dsv2.engine.slab import LatentSlab
-from dsv2.engine.text import TextStream
+from dsv2.engine.answer import MOST_DRAFTED, Answer, joined
+from dsv2.engine.blocks import BlockPool
+from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
+from dsv2.engine.native import Answered, Piece, StackWeights
+from dsv2.engine.pieces import pieces_of
+from dsv2.engine.request import Output, Request
+from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
+from dsv2.engine.scheduler import Scheduler
+from dsv2.engine.sequence import Chunk, Plan
+from dsv2.engine.sequence import Sequence as Row
+from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, plan_cache
 from dsv2.errors import CheckpointError, ConfigError, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
+
+_SCORED_ROWS = 128  # rows of logits kept at a time where a whole prompt's are wanted
+_DRAFTING_UP_TO = 4  # answers at once: in larger batches a step is bound by arithmetic, and drafts only add to it
 
 
 class Engine:
     """A model that serves many requests at once.
 
-    A request's tokens depend on its prompt, parameters and seed alone. The batch enters only through the rounding of matrix products,
-    whose order may vary with the number of rows; it can turn a choice between all but equal tokens.
+    A request's text depends on its prompt, parameters and seed alone, whatever shares its steps. (On GPUs and without a C++ compiler,
+    where torch computes, the rounding of products may vary with the batch. A prefix found in the cache may have been computed in the other
+    reading: equal but for rounding.)
 
     Args:
-        model: used as it is; its weights are read at each step, so a training loop may sample between its own steps.
+        model: a model, read in place at each step, so that a training loop may sample between its own steps (``weights_changed``); or a
+            packed one (``engine.weights``).
         tokenizer: the model's.
-        max_batch: most requests that decode together; more wait.
-        max_len: most tokens of a request, prompt and answer together; None: what the model was made for
-            (``max_position_embeddings``). Memory is taken as requests need it, not for this length at once.
-        dtype: of the cached latents; None: the model's.
+        max_batch: most answers written at once; more wait.
+        max_len: most tokens of a request, prompt and answer together; None: what the model was made for (``max_position_embeddings``), or
+            what the cache holds if that is less.
+        cache: bits of the latent cache; "auto": as the weights.
+        cache_gb: its size in 1e9 bytes; None: for all requests at full length, at most half of the available memory.
+        threads: that work on a step; None: as torch is set.
+        backend: "native", "torch", or "auto": native where it can run.
+        reuse: share cached prefixes between requests of equal ``cache_salt``.
+        speculate: verify guesses from the text so far, while that pays.
+        max_step_s: seconds that a step may take while answers are being written; prompts are cut to fit.
 
     Raises:
-        ConfigError: ``max_batch`` or ``max_len`` is out of range.
+        ConfigError: an argument is out of range.
         CheckpointError: the tokenizer has ids that the model lacks.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | StackWeights,
         tokenizer: Tokenizer,
         *,
         max_batch: int = 8,
         max_len: int | None = None,
-        dtype: torch.dtype | None = None,
+        cache: CacheKind = "auto",
+        cache_gb: float | None = None,
+        threads: int | None = None,
+        backend: Backend = "auto",
+        reuse: bool = True,
+        speculate: bool = True,
+        max_step_s: float = 0.25,
     ) -> None:
-        config, weight = model.config, next(model.parameters())
+        config = model.config
         longest = config.max_position_embeddings
         if max_batch < 1:
             raise ConfigError(f"max_batch = {max_batch} must be at least 1")
         if max_len is not None and not 1 <= max_len <= longest:
             raise ConfigError(f"max_len = {max_len} is not from 1 to max_position_embeddings = {longest}")
+        if not max_step_s > 0:
+            raise ConfigError(f"max_step_s = {max_step_s} must be above 0")
         if tokenizer.num_tokens > config.vocab_size:
             raise CheckpointError(f"the tokenizer has {tokenizer.num_tokens} ids, the model's vocabulary only {config.vocab_size}")
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.max_len = longest if max_len is None else max_len
-        self._slab = LatentSlab(
-            config.num_hidden_layers,
-            max_batch,
-            self.max_len,
-            config.kv_lora_rank,
-            config.qk_rope_head_dim,
-            dtype or weight.dtype,
-            weight.device,
-        )
-        self._runner = Runner(model, self._slab)
+        asked = longest if max_len is None else max_len
+        self.cache = plan_cache(config, cache, max_batch=max_batch, max_len=asked, cache_gb=cache_gb, fp32=is_fp32(model))
+        if max_len is not None and max_len > self.cache.num_tokens:
+            raise ConfigError(
+                f"max_len = {max_len} tokens do not fit into a cache of {self.cache.num_tokens}", hint="raise cache_gb or lower max_len"
+            )
+        self.max_len = min(asked, self.cache.num_tokens)
+        self._stack: Stack = open_stack(model, self.cache, backend=backend, threads=threads, num_tokens=tokenizer.num_tokens)
+        pool = BlockPool(self.cache.num_blocks, reuse=reuse)
+        self._scheduler = Scheduler(pool, max_sequences=max_batch, max_step_s=max_step_s)
+        self._speculate = speculate
         self._grammars = GrammarCompiler(tokenizer)
-        self._compiled: dict[str, Grammar] = {}  # of waiting requests
-        self._ids: set[str] = set()
-        self._waiting: deque[Request] = deque()
-        self._live: list[_Running] = []  # by row
+        self._requests: dict[str, list[Answer]] = {}  # unfinished answers
+        self._answers: dict[int, Answer] = {}  # by sequence
+        self._compiling: deque[tuple[Request, Compilation]] = deque()
+        self._numbers = count()
         self._undelivered: list[Output] = []  # of other requests, made while one was streamed
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do or to return."""
-        return bool(self._live or self._waiting or self._undelivered)
+        return bool(self._requests or self._undelivered)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token takes in the latent cache over all layers."""
-        return self._slab.bytes_per_token
+        return self.cache.bytes_per_token
+
+    def close(self) -> None:
+        """Give back threads and cache; the engine is of no use afterwards."""
+        self._stack.close()
+
+    def weights_changed(self) -> None:
+        """Forget all cached latents: they belong to weights that are no more. Running requests go on with the new ones."""
+        self._scheduler.reset_cache()
 
     def add(self, request: Request) -> None:
-        """Accept a request; it starts at the next step with a free row.
+        """Accept a request; it starts at a later step.
 
         Raises:
-            RequestError: its id is taken, it cannot fit into ``max_len`` tokens, it names an id outside the vocabulary, its constraint
-                cannot be compiled, or it asks for what this engine does not do.
-            MissingExtra: it has a constraint and llguidance is not installed.
+            RequestError: its id is taken, it cannot fit into ``max_len`` tokens, or it names an id outside the vocabulary.
         """
+        self._check(request)
+        self._requests[request.request_id] = []
+        if request.params.constraint is None:
+            self._start(request, None)
+        else:
+            self._compiling.append((request, self._grammars.submit(request.params.constraint)))
+
+    def _check(self, request: Request) -> None:
         name, params, num_tokens = request.request_id, request.params, self.tokenizer.num_tokens
-        if name in self._ids:
+        if name in self._requests:
             raise RequestError(f"request_id = {name!r} is already running", hint="give every running request its own id")
         if len(request.tokens) + params.max_tokens > self.max_len:
             raise RequestError(
@@ -109,59 +148,185 @@ class Engine:
                 f" the context of {self.max_len} tokens",
                 hint="shorten the prompt or lower max_tokens",
             )
-        biased = tuple(token for token, _ in params.logit_bias)
+        biased = [token for token, _ in params.logit_bias]
         for field, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
             if ids and max(ids) >= num_tokens:
                 raise RequestError(f"request {name!r}: {field} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
-        asked = {"n": params.n > 1, "prompt_logprobs": params.prompt_logprobs is not None, "priority": request.priority != 0}
-        asked |= {"deadline_s": request.deadline_s is not None, "record_experts": request.record_experts}
-        for field, wanted in asked.items():
-            if wanted:
-                raise RequestError(f"request {name!r}: this engine does not do {field}", hint=f"leave {field} out")
-        if params.constraint is not None:
-            self._compiled[name] = self._grammars.compile(params.constraint)
-        self._ids.add(name)
-        self._waiting.append(request)
+
+    def _start(self, request: Request, grammar: Grammar | None) -> None:
+        """Hand a request's answers to the scheduler."""
+        params, seed = request.params, draw_seed(request.params)
+        recorded = params.prompt_logprobs is not None
+        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        for index in range(params.n):
+            number = next(self._numbers)
+            # what is recorded of every token must be computed: a prefix of somebody else's would leave it out
+            salt = f"recorded {number}" if request.record_experts else f"shared {request.cache_salt}"
+            row = Row(
+                number, list(request.tokens), len(request.tokens) + params.max_tokens, salt=salt, priority=request.priority,
+                deadline=deadline, all_logits=recorded,
+            )  # fmt: skip
+            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=self._speculate)
+            self._scheduler.add(row)
+            self._requests[request.request_id].append(answer)
+            self._answers[number] = answer
 
     def step(self) -> list[Output]:
-        """Advance every live request by one token, start waiting ones while rows are free; return what each gained.
+        """Run one step; return what each answer gained.
 
-        A request occurs at most once unless outputs were left over from a ``stream``; ``finish_reason`` marks its last one.
+        An answer occurs at most once unless outputs were left over from a ``stream``; ``finish_reason`` marks its last one.
 
         Raises:
             CheckpointError: the logits of a request are not finite. It is dropped; the others are as before the step.
         """
         outputs, self._undelivered = self._undelivered, []
         try:
-            if self._live:
-                logits = self._runner.decode([running.last_token for running in self._live], [running.cached for running in self._live])
-                outputs += self._extend(0, logits)
-            while self._waiting and len(self._live) < self.max_batch:
-                row, request = len(self._live), self._waiting[0]
-                logits = self._runner.prefill(row, request.tokens)
-                grammar = self._compiled.pop(request.request_id, None)
-                self._live.append(_Running(self._waiting.popleft(), self.tokenizer, grammar))
-                outputs += self._extend(row, logits)
+            outputs += self._start_compiled()
+            plan = self._scheduler.schedule(time.monotonic())
+            outputs += [self._finished(self._answers[row.seq_id], "deadline") for row in plan.expired]
+            if plan.chunks:
+                outputs += self._run(plan)
         except BaseException:
             self._undelivered = outputs
             raise
         return outputs
 
+    def _start_compiled(self) -> list[Output]:
+        """Start requests whose constraint is ready; wait for the first only where there is nothing else to do."""
+        failed: list[Output] = []
+        for _ in range(len(self._compiling)):
+            request, compilation = self._compiling.popleft()
+            if request.request_id not in self._requests:
+                continue  # aborted
+            if not compilation.ready and (self._answers or failed):
+                self._compiling.append((request, compilation))
+                continue
+            try:
+                self._start(request, compilation.result())
+            except RequestError as error:
+                del self._requests[request.request_id]
+                failed.append(Output(request.request_id, (), "", "error", None, len(request.tokens), error=str(error)))
+        return failed
+
+    def _run(self, plan: Plan) -> list[Output]:
+        started = time.perf_counter()
+        pieces: list[Piece] = []
+        for chunk in plan.chunks:
+            pieces += self._scored(chunk) if chunk.seq.all_logits else pieces_of(chunk, chunk.start)
+        want_experts = any(self._answers[chunk.seq.seq_id].request.record_experts for chunk in plan.chunks)
+        answered = self._stack.step(pieces, want_experts=want_experts)
+        self._scheduler.observe(plan, time.perf_counter() - started)
+        if answered.experts is not None:
+            self._record_experts(plan, answered.experts)
+        return self._settle(plan, answered)
+
+    def _scored(self, chunk: Chunk) -> list[Piece]:
+        """Run a chunk all of whose logits are wanted but for its last rows, and read off what they say of the prompt."""
+        answer, start = self._answers[chunk.seq.seq_id], chunk.start
+        end, prompt_len = start + chunk.length, chunk.seq.prompt_len
+        top = answer.request.params.prompt_logprobs
+        known = min(end, prompt_len - 1)  # the row of position p tells of token p + 1
+        assert top is not None
+        while start < known:
+            stop = min(known, start + _SCORED_ROWS)
+            rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=start), want_experts=answer.request.record_experts)
+            if rows.experts is not None:
+                _put(answer.experts, start, list(rows.experts.transpose(1, 0, 2)))
+            try:
+                read = read_logprobs(rows.logits, chunk.seq.tokens[start + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
+            except NotFinite as failure:
+                raise self._dropped([answer], failure) from failure
+            _put(answer.prompt_logprobs, start, read)
+            start = stop
+        return pieces_of(chunk, start) if start < end else pieces_of(chunk, end - 1)
+
+    def _record_experts(self, plan: Plan, experts: np.ndarray) -> None:
+        row = 0
+        for chunk in plan.chunks:
+            answer = self._answers[chunk.seq.seq_id]
+            first = chunk.start if not chunk.seq.all_logits else self._first_left(chunk)
+            length = chunk.start + chunk.length - first
+            if answer.request.record_experts:
+                _put(answer.experts, first, list(experts[:, row : row + length].transpose(1, 0, 2)))
+            row += length
+
+    def _first_left(self, chunk: Chunk) -> int:
+        """Return the first position of a scored chunk that runs in the common step."""
+        end = chunk.start + chunk.length
+        return min(max(chunk.start, min(end, chunk.seq.prompt_len - 1)), end - 1)
+
+    def _settle(self, plan: Plan, answered: Answered) -> list[Output]:
+        """Sample for every chunk that reached the end of its known tokens; move the scheduler on."""
+        ends = [chunk for chunk in plan.chunks if chunk.start + chunk.length >= len(chunk.seq.tokens)]
+        answers = [self._answers[chunk.seq.seq_id] for chunk in ends]
+        drafts = [chunk.seq.draft for chunk in ends]
+        try:
+            drawn = sample(
+                answered.logits,
+                [answer.sampler for answer in answers],
+                num_tokens=self.tokenizer.num_tokens,
+                drafts=drafts if any(drafts) else None,
+                best=(answered.best, answered.best_logit),
+            )
+        except NotFinite as failure:
+            raise self._dropped([answers[row] for row in failure.rows], failure) from failure
+        for chunk in plan.chunks:
+            if chunk.start + chunk.length < len(chunk.seq.tokens):
+                self._scheduler.advance(chunk.seq)
+        outputs = []
+        for answer, gained, draft in zip(answers, drawn, drafts, strict=True):
+            output = answer.take(gained, len(draft))
+            outputs.append(output)
+            self._scheduler.advance(answer.seq, output.tokens)
+            if output.finish_reason is not None:
+                self._forget(answer)
+                self._scheduler.finish(answer.seq)
+        self._draft()
+        return outputs
+
+    def _draft(self) -> None:
+        """Let answers guess their next tokens, while few are being written."""
+        running = self._scheduler.num_running
+        if not self._speculate or not 0 < running <= _DRAFTING_UP_TO:
+            return
+        costs = self._scheduler.costs
+        per_step = [costs.base / running + costs.row * (1 + drafted) for drafted in range(MOST_DRAFTED + 1)]
+        for answer in self._answers.values():
+            if answer.num_new:
+                answer.seq.draft = answer.draft(per_step)
+
+    def _dropped(self, answers: Sequence[Answer], failure: NotFinite) -> CheckpointError:
+        """Drop requests whose logits are not finite; return the error that says so."""
+        names = list(dict.fromkeys(answer.request.request_id for answer in answers))
+        for name in names:
+            self.abort(name)
+        return CheckpointError(f"request {', '.join(map(repr, names))}: {failure.message}", hint=failure.hint)
+
+    def _forget(self, answer: Answer) -> None:
+        del self._answers[answer.seq.seq_id]
+        unfinished = self._requests[answer.request.request_id]
+        unfinished.remove(answer)
+        if not unfinished:
+            del self._requests[answer.request.request_id]
+
+    def _finished(self, answer: Answer, reason: str) -> Output:
+        """End an answer that the scheduler has let go of."""
+        self._forget(answer)
+        return answer.output((), answer.text.finish(), reason, ())  # type: ignore[arg-type]
+
     def abort(self, request_id: str) -> Output | None:
-        """End a request now; return its last output, with text that was held back, or None if it has finished or never was."""
+        """End a request now; return the last output of its first unfinished answer, or None if it has finished or never was."""
         self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
-        if request_id not in self._ids:
+        if request_id not in self._requests:
             return None
-        self._ids.remove(request_id)
-        for row, running in enumerate(self._live):
-            if running.request.request_id == request_id:
-                self._slab.clear(row)
-                self._leave(row)
-                return running.output((), running.text.finish(), "abort", ())
-        request = next(request for request in self._waiting if request.request_id == request_id)
-        self._waiting.remove(request)
-        self._compiled.pop(request_id, None)
-        return _Running(request, self.tokenizer).output((), "", "abort", ())
+        answers = list(self._requests[request_id])
+        if not answers:  # its constraint is being compiled
+            del self._requests[request_id]
+            (request,) = (request for request, _ in self._compiling if request.request_id == request_id)
+            return Output(request_id, (), "", "abort", None, len(request.tokens))
+        for answer in answers:
+            self._scheduler.cancel(answer.seq.seq_id)
+        return [self._finished(answer, "abort") for answer in answers][0]
 
     def stream(self, request: Request) -> Iterator[Output]:
         """Add a request and yield its outputs as they come; closing the iterator aborts it.
@@ -172,38 +337,34 @@ class Engine:
             RequestError: as ``add``, when the first output is asked for.
         """
         self.add(request)
-        finished = False
         try:
-            while not finished:
+            while request.request_id in self._requests or self._undelivered:
                 outputs = self._step_for((request.request_id,))
-                for output in outputs:
-                    finished = output.finish_reason is not None
-                    yield output
-                if not outputs and request.request_id not in self._ids:
+                yield from outputs
+                if not outputs and request.request_id not in self._requests:
                     return  # aborted by somebody else
         finally:
             self.abort(request.request_id)
 
     def generate(self, requests: Sequence[Request]) -> list[Output]:
-        """Run requests to their ends; return one whole output for each, in the order given.
+        """Run requests to their ends; return one whole output for each answer, in the order given.
 
         Raises:
             RequestError: as ``add``; then none of them has run.
         """
-        parts: dict[str, list[Output]] = {}
+        parts: dict[tuple[str, int], list[Output]] = {}
         try:
             for request in requests:
                 self.add(request)
-                parts[request.request_id] = []
-            unfinished = len(requests)
-            while unfinished:
-                for output in self._step_for(parts):
-                    parts[output.request_id].append(output)
-                    unfinished -= output.finish_reason is not None
+                parts |= {(request.request_id, index): [] for index in range(request.params.n)}
+            names = {request.request_id for request in requests}
+            while any(name in self._requests for name in names):
+                for output in self._step_for(names):
+                    parts[output.request_id, output.index].append(output)
         finally:
-            for request_id in parts:
-                self.abort(request_id)
-        return [_joined(parts[request.request_id]) for request in requests]
+            for name, _ in parts:
+                self.abort(name)
+        return [joined(outputs) for outputs in parts.values() if outputs]
 
     def _step_for(self, request_ids: Collection[str]) -> list[Output]:
         """Step; return the outputs of these requests and keep the others."""
@@ -211,89 +372,8 @@ class Engine:
         self._undelivered = [output for output in outputs if output.request_id not in request_ids]
         return [output for output in outputs if output.request_id in request_ids]
 
-    def _extend(self, first_row: int, logits: Float[Tensor, "batch vocab"]) -> list[Output]:
-        """Sample a token for each live row from ``first_row`` on; free the rows that end with it."""
-        extended = self._live[first_row:]
-        try:
-            drawn = sample(logits.cpu().numpy(), [running.sampler for running in extended], num_tokens=self.tokenizer.num_tokens)
-        except NotFinite as failure:
-            names = [extended[row].request.request_id for row in failure.rows]
-            for name in names:
-                self.abort(name)
-            raise CheckpointError(f"request {', '.join(map(repr, names))}: {failure.message}", hint=failure.hint) from failure
-        outputs = [running.take(gained) for running, gained in zip(extended, drawn, strict=True)]
-        for row in reversed(range(len(extended))):  # from the end, so that the row that fills a gap is a live one
-            if outputs[row].finish_reason is not None:
-                self._ids.remove(outputs[row].request_id)
-                self._leave(first_row + row)
-        return outputs
 
-    def _leave(self, row: int) -> None:
-        """Free a row; the last live one moves into the gap."""
-        last = len(self._live) - 1
-        if row < last:
-            self._slab.move(last, row, self._live[last].cached)
-            self._live[row] = self._live[last]
-        self._live.pop()
-
-
-class _Running:
-    """A request in a row, between its steps."""
-
-    __slots__ = ("last_token", "num_new", "request", "sampler", "text")
-
-    def __init__(self, request: Request, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
-        params = request.params
-        self.request = request
-        self.sampler = SamplerState(
-            params,
-            request.tokens,
-            seed=draw_seed(params),
-            end_ids=params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, tokenizer.eos_id),
-            matcher=None if grammar is None else grammar.matcher(),
-        )
-        self.text = TextStream(tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens)
-        self.num_new = 0
-        self.last_token = -1
-
-    @property
-    def cached(self) -> int:
-        """Tokens in the cache: all but the last drawn one, whose position this is."""
-        return len(self.request.tokens) + self.num_new - 1
-
-    def take(self, drawn: Drawn) -> Output:
-        """Add a drawn token; return what the request gained, and whether and why it ends."""
-        if drawn.error is not None:
-            return replace(self.output((), self.text.finish(), "error", ()), error=drawn.error.message)
-        (token,) = drawn.tokens
-        self.last_token = token
-        self.num_new += 1
-        reason: FinishReason | None = None
-        if self.sampler.ends(token):
-            text, reason = self.text.finish(), "stop"
-        else:
-            text = self.text.push(token)
-            if not self.text.stopped and self.num_new == self.request.params.max_tokens:
-                text, reason = text + self.text.finish(), "length"
-            if self.text.stopped:
-                reason = "stop"
-        return self.output((token,), text, reason, drawn.logprobs or ())
-
-    def output(self, tokens: tuple[int, ...], text: str, reason: FinishReason | None, logprobs: Sequence[TokenLogprob]) -> Output:
-        """Make an output of this request."""
-        given = None if self.request.params.logprobs is None else tuple(logprobs)
-        return Output(self.request.request_id, tokens, text, reason, given, len(self.request.tokens))
-
-
-def _joined(parts: Sequence[Output]) -> Output:
-    """Join the outputs of one request, in order, into one."""
-    last = parts[-1]
-    return Output(
-        last.request_id,
-        tuple(token for part in parts for token in part.tokens),
-        "".join(part.text for part in parts),
-        last.finish_reason,
-        None if last.logprobs is None else tuple(entry for part in parts for entry in part.logprobs or ()),
-        last.prompt_tokens,
-        error=last.error,
-    )
+def _put(entries: list[_T], start: int, values: list[_T]) -> None:
+    """Write values from a position on; what stood there was computed for a draft or before a preemption."""
+    del entries[start:]
+    entries.extend(values)

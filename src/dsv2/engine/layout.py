@@ -1,8 +1,8 @@
 """What a packed model holds, from its config and scheme alone: every matrix with its format and size, in the order of the file.
 
 One file, ``packed.safetensors``: a plain tensor under the slot's name, a quantised one as NAME.data and NAME.scales in the tiles of
-kernels/formats.py. Experts of a layer are stacked; kv_b_proj is there twice, once as the absorbed reading multiplies by it and once, rounded to the
-same values, as the expanded one does.
+kernels/formats.py. Experts of a layer are stacked; kv_b_proj is there twice, once as the absorbed reading multiplies by it and once,
+rounded to the same values, as the expanded one does.
 """
 
 from collections.abc import Iterator

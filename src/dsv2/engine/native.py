@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
@@ -18,12 +19,21 @@ from dsv2.errors import CheckpointError, ConfigError
 from dsv2.kernels.cpu import library as native
 from dsv2.model.attention import LATENT_NORM_EPS
 from dsv2.model.config import ModelConfig
+from dsv2.model.experts import LocalDispatch, RoutedExperts
 from dsv2.model.layers import SwiGLU
 from dsv2.model.moe import MoE
 from dsv2.model.rope import rope_frequencies
 from dsv2.model.transformer import Block, Transformer
 
 _LARGEST_HEAD, _LARGEST_LATENT = 2048, 8192  # what the kernels keep on their stack
+
+
+def serves(model: Transformer) -> bool:
+    """Tell whether the native step computes what this model does: fp32 or bf16 on the CPU, and nothing put in a module's place."""
+    plain = type(model).forward is Transformer.forward and type(model).logits is Transformer.logits
+    plain = plain and all(isinstance(m.transport, LocalDispatch) for m in model.modules() if isinstance(m, RoutedExperts))
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return plain and dtypes <= {torch.float32, torch.bfloat16} and all(p.device.type == "cpu" for p in model.parameters())
 
 
 @dataclass(slots=True)
@@ -152,7 +162,7 @@ class NativeStack:
         self._frequencies = rope_frequencies(config).contiguous()
         self._layers = (native.Layer * len(weights.layers))(*weights.layers)
         self._model = _model_of(weights, self._layers, self._frequencies)
-        self._cache = native.Cache(store.format, store.entry_bytes, store.num_blocks, 0, store.data.data_ptr())
+        self._cache = native.Cache(store.format, store.entry_bytes, store.num_blocks, 0, store.memory.address)
         self._handle = self._lib.dsv2_open(ctypes.byref(self._model), threads)
         if not self._handle:
             raise MemoryError("the native step could not be set up")

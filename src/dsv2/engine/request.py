@@ -24,6 +24,7 @@ MAX_STOPS, MAX_STOP_LEN = 16, 256  # strings, characters
 MAX_STOP_TOKENS = 1024
 MAX_BIASES, MAX_BIAS = 1024, 100.0
 MAX_SALT_LEN = 256  # characters
+MAX_PRIORITY = 100
 # Characters of a constraint's source: a schema or grammar of 64 KiB is a large one, a regular expression of 8 KiB a very large one.
 MAX_SOURCE_LEN: dict[ConstraintKind, int] = {"json_schema": 65536, "json_object": 0, "regex": 8192, "grammar": 65536}
 
@@ -167,7 +168,7 @@ class Request:
         request_id: the caller's name for it, unique among the requests that the engine holds.
         tokens: the prompt, beginning-of-sentence token included where the model expects one; at least one id.
         params: how to choose the new tokens.
-        priority: a higher one is served first; among equals the one that was accepted first. Signed 32-bit.
+        priority: a higher one is served first; among equals the one that was accepted first; -100 to 100.
         deadline_s: the request ends with finish reason "deadline" this many seconds after it was accepted; None: no limit.
         cache_salt: cached prompt tokens are shared only among requests of the same salt; at most 256 characters.
         record_experts: give the routed expert ids of every token.
@@ -193,7 +194,7 @@ class Request:
             raise RequestError(
                 f"request {self.request_id!r} has an empty prompt; at least 1 token is needed", hint="start with the tokenizer's bos_id"
             )
-        object.__setattr__(self, "priority", _whole("priority", self.priority, -(2**31), 2**31 - 1))
+        object.__setattr__(self, "priority", _whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY))
         if self.deadline_s is not None:
             object.__setattr__(self, "deadline_s", _real("deadline_s", self.deadline_s, 0, above_low=True))
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT_LEN:

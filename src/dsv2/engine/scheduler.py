@@ -22,12 +22,12 @@ from operator import attrgetter
 
 from dsv2.engine.blocks import BLOCK_LEN, BlockPool, OutOfBlocks, blocks_for
 from dsv2.engine.costs import StepCosts, num_pairs
-from dsv2.engine.sequence import MAX_PRIORITY, Chunk, Plan, Sequence, State
+from dsv2.engine.request import MAX_PRIORITY
+from dsv2.engine.sequence import Chunk, Plan, Sequence, State
 from dsv2.engine.waiting import SequenceHeap, Siblings
 
 PREFILL_EVERY = 4  # steps: so often at least, a unit of some prompt is computed beside decoding, whatever it costs
 ELDER_EVERY = 4  # steps: so often the elder's prompt comes first, with one unit
-
 # Reading a member of an enum costs as much as the rest of a comparison.
 WAITING, PARKED, RUNNING, ENDED = State.WAITING, State.PARKED, State.RUNNING, State.ENDED
 _by_rank = attrgetter("rank")

@@ -5,9 +5,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from dsv2.engine.blocks import BLOCK_LEN, blocks_for
+from dsv2.engine.request import MAX_PRIORITY
 from dsv2.errors import RequestError
-
-MAX_PRIORITY = 100
 
 
 class State(Enum):

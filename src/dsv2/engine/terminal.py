@@ -18,8 +18,11 @@ from dsv2.checkpoint.generation import sampling_defaults
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.engine import Engine
+from dsv2.engine.native import StackWeights
 from dsv2.engine.request import Output, Request, SamplingParams
-from dsv2.errors import DataError, Dsv2Error, RequestError
+from dsv2.engine.weights import load_packed, packed_scheme
+from dsv2.errors import ConfigError, DataError, Dsv2Error, RequestError
+from dsv2.model.transformer import Transformer
 from dsv2.progress import console
 from dsv2.tokenizer.chat import Template, render, stop_ids
 from dsv2.tokenizer.recognise import is_ours
@@ -148,15 +151,25 @@ def _sampling(folder: Path, **given: float | int | None) -> SamplingParams:
 def open_engine(path: str | Path, dtype: Dtype = "auto") -> Engine:
     """Load the model and tokenizer of a checkpoint, a run or a tour, for one request at a time."""
     folder = latest_checkpoint(path)
+    return Engine(open_weights(folder, dtype), Tokenizer.load(folder), max_batch=1)
+
+
+def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeights:
+    """Load a model folder for the engine: a packed one as it is, any other in ``dtype``."""
+    if packed_scheme(folder) is not None:
+        if dtype != "auto":
+            raise ConfigError(
+                f"{folder} is packed; --dtype = {dtype} cannot change its weights", hint="pack the model again: dsv2 quantize"
+            )
+        return load_packed(folder)
     chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]
-    tokenizer = Tokenizer.load(folder)
-    if dtype == "auto" and chosen not in (torch.float32, None):
-        _say(f"the model is held in {str(chosen).removeprefix('torch.')}: fp32 does not fit in memory; --dtype chooses")
-    return Engine(load_model(folder, dtype=chosen), tokenizer, max_batch=1)
+    if dtype == "auto" and chosen == torch.int8:
+        _say("the model is held in int8, computed by torch: it fits in no wider dtype; dsv2 quantize makes a packed one, which is faster")
+    return load_model(folder, dtype=chosen)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WholeAnswer:
     """A whole answer and how long it took: up to its first token, and from there to its end, in seconds."""
 
     text: str
@@ -185,7 +198,7 @@ class Answer:
         return f"{said}; ended by {self.finish_reason}"
 
 
-def write_answer(engine: Engine, request: Request, write: Callable[[str], None], stop: threading.Event | None = None) -> Answer:
+def write_answer(engine: Engine, request: Request, write: Callable[[str], None], stop: threading.Event | None = None) -> WholeAnswer:
     """Run one request, handing its text to ``write`` as it becomes certain; once ``stop`` is set it is aborted."""
     outputs: list[Output] = []
     started = first = time.perf_counter()
@@ -197,7 +210,7 @@ def write_answer(engine: Engine, request: Request, write: Callable[[str], None],
         if stop is not None and stop.is_set() and (last := engine.abort(request.request_id)) is not None:
             outputs.append(last)
             write(last.text)
-    return Answer(
+    return WholeAnswer(
         "".join(output.text for output in outputs),
         tuple(token for output in outputs for token in output.tokens),
         outputs[-1].finish_reason or "abort",
@@ -227,7 +240,7 @@ class Conversation:
         """Return the ids that ask the model to answer the last of these turns."""
         return render(self.engine.tokenizer, self.system + turns, template=self.template, add_generation_prompt=True).tokens
 
-    def ask(self, text: str) -> Answer:
+    def ask(self, text: str) -> WholeAnswer:
         """Write the model's answer to stdout and keep both in the conversation.
 
         Raises:

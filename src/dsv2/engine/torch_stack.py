@@ -1,7 +1,7 @@
 """The layer stack in torch behind the same call as the native one: for GPUs, and where there is no C++ compiler.
 
-The same blocks of 64 tokens hold the latents, in one tensor. 8 and 6 bits are rounded as the native cache rounds them, but kept in the model's
-dtype, so they save nothing here.
+The same blocks of 64 tokens hold the latents, in one tensor. 8 and 6 bits are rounded as the native cache rounds them, but kept in the
+model's dtype, so they save nothing here.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class TorchStack:
     """
 
     def __init__(self, model: Transformer, kind: CacheFormat, num_blocks: int, *, num_tokens: int) -> None:
-        weight, config = model.model.embed_tokens.weight, model.config
+        weight, config = next(model.parameters()), model.config
         dtype = {CacheFormat.F32: torch.float32, CacheFormat.BF16: torch.bfloat16}.get(kind, weight.dtype)
         self._model, self._kind, self._num_tokens, self._device = model, kind, num_tokens, weight.device
         self._entries = torch.zeros(config.num_hidden_layers, num_blocks * BLOCK_LEN, config.latent_dim, dtype=dtype, device=weight.device)

@@ -19,14 +19,15 @@ from dsv2.engine.layout import FILE, METHOD, SCHEMES, Scheme, Slot, expert_strid
 from dsv2.engine.native import StackWeights
 from dsv2.errors import CheckpointError
 from dsv2.kernels.cpu.library import VECTORS, Layer, Matrix, Vector
+from dsv2.kernels.cpu.memory import HugeMemory
 from dsv2.machine import available_memory
 from dsv2.model.config import ModelConfig
 from dsv2.progress import transfer_bar
 
 Placement = Literal["memory", "mapped"]
-_HUGE = 2 << 20
 _READ = 16 << 20  # bytes of one read
-_HEADROOM = 600 << 20
+_HEADROOM = 600 << 20  # bytes of the process beside weights and cache
+READERS = 2  # threads
 
 
 def packed_scheme(folder: Path) -> Scheme | None:
@@ -37,7 +38,8 @@ def packed_scheme(folder: Path) -> Scheme | None:
     scheme = stated.get("scheme")
     if stated.get("quant_method") != METHOD or scheme not in SCHEMES:
         raise CheckpointError(f"{folder / 'config.json'}: scheme {scheme!r} is not one of: {', '.join(get_args(Scheme))}")
-    return scheme
+    chosen: Scheme = scheme
+    return chosen
 
 
 def load_packed(folder: Path, *, placement: Placement | None = None, check: bool = False) -> StackWeights:
@@ -103,37 +105,31 @@ class _Arena:
         for entry in sorted(entries.values(), key=lambda entry: entry.begin):
             self._offsets[entry.name] = end
             end += -(-(entry.end - entry.begin) // 64) * 64
-        self._pages = mmap.mmap(-1, -(-end // _HUGE) * _HUGE + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self._shift = -base % _HUGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._pages.madvise(mmap.MADV_HUGEPAGE)
-        self._base = base + self._shift
+        self._memory = HugeMemory(end)
         self._read(entries, file)
 
     def _read(self, entries: dict[str, TensorEntry], file: Path) -> None:
-        memory = memoryview(self._pages)
+        memory = self._memory.view()
         total = sum(entry.end - entry.begin for entry in entries.values())
         handle = os.open(file, os.O_RDONLY)
         try:
-            with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)))) as threads, transfer_bar(total, "reading weights") as advance:
+            with ThreadPoolExecutor(READERS) as threads, transfer_bar(total, "reading weights") as advance:
                 for count in threads.map(lambda piece: _read_piece(handle, memory, *piece), self._pieces(entries)):
                     advance(count)
         except EOFError as error:
             raise CheckpointError(f"{file} was cut while it was read") from error
         finally:
             os.close(handle)
-            memory.release()
 
     def _pieces(self, entries: dict[str, TensorEntry]) -> Iterator[tuple[int, int, int]]:
         for name, offset in self._offsets.items():
             entry = entries[name]
             for begin in range(entry.begin, entry.end, _READ):
-                yield begin, min(entry.end, begin + _READ), self._shift + offset + begin - entry.begin
+                yield begin, min(entry.end, begin + _READ), offset + begin - entry.begin
 
     def address(self, entry: TensorEntry) -> int:
         """Return where a tensor's bytes begin."""
-        return self._base + self._offsets[entry.name]
+        return self._memory.address + self._offsets[entry.name]
 
 
 def _read_piece(handle: int, memory: memoryview, begin: int, end: int, to: int) -> int:

@@ -1,7 +1,7 @@
 """Number formats of the engine's weights and cache, in plain torch: the definitions that the C++ kernels are compared with.
 
-Weights in 8 and 4 bits: groups of 32 neighbouring columns share a bf16 scale, so a weight takes 8.5 or 4.5 bits; ``to_tiles`` lays them out as
-the kernels read them. FP8: E4M3 values with one fp32 scale for each 128 x 128 block. Cache entries in 8 and 6 bits: spec 7.
+Weights in 8 and 4 bits: groups of 32 neighbouring columns share a bf16 scale, so a weight takes 8.5 or 4.5 bits; ``to_tiles`` lays them
+out as the kernels read them. FP8: E4M3 values with one fp32 scale for each 128 x 128 block. Cache entries in 8 and 6 bits: spec 7.
 """
 
 import torch
@@ -19,8 +19,8 @@ _RANGE = {8: (-127, 127), 4: (-8, 7)}
 def quantize_groups(weight: Float[Tensor, "rows cols"], bits: int) -> tuple[Int8[Tensor, "rows cols"], BFloat16[Tensor, "rows groups"]]:
     """Return codes and scales with weight = code * scale.
 
-    8 bits: the largest magnitude of a group at 127 steps or just below (the scale is rounded up to bf16). 4 bits: of scales that put it at 6.5 to
-    9 steps, of either sign since the codes run from -8 to 7, each refitted to its codes, the one with the least squared error.
+    8 bits: the largest magnitude of a group at 127 steps or just below (the scale is rounded up to bf16). 4 bits: of scales that put it
+    at 6.5 to 9 steps, of either sign since the codes run from -8 to 7, each refitted to its codes, the one with the least squared error.
     """
     rows, cols = weight.shape
     groups = F.pad(weight.float(), (0, -cols % GROUP)).unflatten(1, (-1, GROUP))
@@ -85,7 +85,7 @@ def from_tiles(
 
 
 def quantize_fp8(weight: Float[Tensor, "rows cols"]) -> tuple[Tensor, Float32[Tensor, "row_blocks col_blocks"]]:
-    """Return E4M3 values (torch.float8_e4m3fn) and one scale per 128 x 128 block: weight = value * scale, a block's largest magnitude at 448."""
+    """Return E4M3 values (torch.float8_e4m3fn) and one scale per 128 x 128 block: weight = value * scale, the largest of a block at 448."""
     rows, cols = weight.shape
     blocks = F.pad(weight.float(), (0, -cols % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = blocks.view(-(-rows // FP8_BLOCK), FP8_BLOCK, -(-cols // FP8_BLOCK), FP8_BLOCK)
@@ -107,7 +107,8 @@ def round_latent_8(latent: Float[Tensor, "*tokens latent"]) -> Float32[Tensor, "
     groups = F.pad(latent.float(), (0, -size % 64)).unflatten(-1, (-1, 64))
     scale = _scale_above(groups.abs().amax(dim=-1, keepdim=True) / 127)
     codes = (groups * torch.where(scale == 0, 0.0, 1.0 / scale)).round()
-    return (codes * scale).flatten(-2)[..., :size]
+    rounded: Tensor = (codes * scale).flatten(-2)[..., :size]
+    return rounded
 
 
 def round_latent_6(latent: Float[Tensor, "*tokens latent"]) -> Float32[Tensor, "*tokens latent"]:
@@ -121,4 +122,5 @@ def round_latent_6(latent: Float[Tensor, "*tokens latent"]) -> Float32[Tensor, "
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
     zero = (-low * inverse * 16).round().clamp(max=255)
     codes = (groups * inverse + zero / 16).round().clamp(0, 15)
-    return ((codes - zero / 16) * scale).flatten(-2)
+    rounded: Tensor = ((codes - zero / 16) * scale).flatten(-2)
+    return rounded

@@ -10,7 +10,7 @@ from enum import IntEnum
 from functools import cache
 
 import torch
-from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import BFloat16, Float, Float32, UInt8
 from torch import Tensor
 
 from dsv2.kernels.cpu.build import Unavailable, compiled, plan
@@ -50,7 +50,8 @@ class Vector(Structure):
 
 VECTORS = ("attention_norm", "query_norm", "latent_norm", "feed_forward_norm")
 MATRICES = (
-    "query_down", "query", "latent", "up", "key_up", "value_up", "out", "router", "gate", "up_gate", "down", "expert_gate_up", "expert_down",
+    "query_down", "query", "latent", "up", "key_up", "value_up", "out", "router", "gate", "up_gate", "down",
+    "expert_gate_up", "expert_down",
 )  # fmt: skip
 
 
@@ -124,6 +125,7 @@ def library(variant: str | None = None, extra_flags: Sequence[str] = ()) -> ctyp
     loaded.dsv2_step.argtypes, loaded.dsv2_step.restype = [c_void_p, POINTER(Model), POINTER(Step), POINTER(Cache)], c_int32
     loaded.dsv2_pack.argtypes = [c_int32, c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p, c_void_p]
     loaded.dsv2_pack.restype = c_int32
+    loaded.dsv2_multiply.argtypes, loaded.dsv2_multiply.restype = [POINTER(Matrix), c_void_p, c_int32, c_void_p], c_int32
     return loaded
 
 
@@ -146,6 +148,21 @@ def _plain_type(tensor: Tensor) -> Type:
     if tensor.dtype not in types or not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(f"native kernels read contiguous fp32 or bf16 in the CPU's memory, not {tensor.dtype} on {tensor.device}")
     return types[tensor.dtype]
+
+
+def packed_matrix(rows: int, cols: int, kind: Type, data: UInt8[Tensor, " bytes"], scales: BFloat16[Tensor, " scales"]) -> Matrix:
+    """Describe a quantised weight where its tiles lie."""
+    return Matrix(kind, rows, cols, 0, data.data_ptr(), scales.data_ptr())
+
+
+def multiply(weight: Matrix, x: Float32[Tensor, "count cols"], lib: ctypes.CDLL) -> Float32[Tensor, "count rows"]:
+    """Return x W^T as a step computes it: quantised weights multiply x rounded to 8 bits in groups of 32, bf16 weights x rounded to bf16."""
+    if x.shape[1] != weight.cols:
+        raise ValueError(f"rows of {x.shape[1]} numbers cannot be multiplied by a weight of {weight.cols} columns")
+    x, y = x.contiguous(), torch.full((len(x), weight.rows), torch.nan)
+    if lib.dsv2_multiply(ctypes.byref(weight), x.data_ptr(), len(x), y.data_ptr()) != 0:
+        raise MemoryError(f"a product of {len(x)} x {weight.cols} x {weight.rows} ran out of memory")
+    return y
 
 
 def tiles(rows: int, cols: int) -> int:

@@ -471,6 +471,24 @@ void* dsv2_open(const Model* model, int32_t threads) {
     try { return new Stack(*model, threads); } catch (const std::exception&) { return nullptr; }
 }
 void dsv2_close(void* stack) { delete (Stack*)stack; }
+// y[i, r] = product of weight row r and row i of x, a single thread's: what a step is made of, for those who want a part of it.
+int32_t dsv2_multiply(const Matrix* w, const float* x, int32_t count, float* y) {
+    try {
+        RowsBuffer buffer;
+        const Rows rows = buffer.get(count, w->cols, w->type == BF16, is_quantised(*w));
+        const int stride = (w->rows + TILE - 1) / TILE * TILE;
+        std::vector<float> out((size_t)count * stride);
+        std::vector<int32_t> at(count);
+        for (int i = 0; i < count; i++) {
+            std::memcpy(rows.f32 + (size_t)i * rows.width, x + (size_t)i * w->cols, w->cols * sizeof(float));
+            finish_row(rows, i, w->cols, *w);
+            at[i] = i;
+        }
+        multiply(*w, 0, w->rows, rows, at.data(), count, out.data(), stride);
+        for (int i = 0; i < count; i++) std::memcpy(y + (size_t)i * w->rows, out.data() + (size_t)i * stride, w->rows * sizeof(float));
+    } catch (const std::exception&) { return NO_MEMORY; }
+    return DONE;
+}
 int32_t dsv2_step(void* stack, const Model* model, const Step* step, const Cache* cache) {
     if (!in_range(*model, *step, *cache)) return OUT_OF_RANGE;
     try { ((Stack*)stack)->run(*step, *cache); } catch (const std::exception&) { return NO_MEMORY; }

@@ -1,0 +1,128 @@
+"""Choosing what runs the layer stack, how large its cache is and in how many bits: decided here, shown as a plan."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+
+from dsv2.engine.blocks import BLOCK_LEN, blocks_for
+from dsv2.engine.cache import NAMES, LatentStore, entry_bytes
+from dsv2.engine.native import Answered, NativeStack, Piece, StackWeights, serves, weights_of
+from dsv2.engine.torch_stack import TorchStack
+from dsv2.errors import ConfigError
+from dsv2.kernels.cpu.build import Unavailable
+from dsv2.kernels.cpu.library import CacheFormat, Type, library
+from dsv2.machine import available_memory
+from dsv2.model.config import ModelConfig
+from dsv2.model.transformer import Transformer
+
+Backend = Literal["auto", "native", "torch"]
+CacheKind = Literal["auto", "fp32", "bf16", "8", "6"]
+_SHARE = 0.5  # of the available memory that a cache may take when nobody says how much
+_LEAST_TOKENS = 4096  # a cache that nobody sized holds at least one request of this length, or of the context if that is shorter
+
+
+class Stack(Protocol):
+    """A model and its cache: tokens in, logits out."""
+
+    def step(self, pieces: "list[Piece]", *, want_experts: bool = False) -> Answered:
+        """Run some tokens of some sequences."""
+        ...
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """The size of the latent cache.
+
+    Args:
+        kind: format of an entry.
+        num_blocks: of 64 tokens.
+        bytes_per_token: over all layers.
+    """
+
+    kind: CacheFormat
+    num_blocks: int
+    bytes_per_token: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * BLOCK_LEN
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory when it is full."""
+        return self.num_tokens * self.bytes_per_token
+
+
+def plan_cache(config: ModelConfig, kind: CacheKind, *, max_batch: int, max_len: int, cache_gb: float | None, fp32: bool) -> CachePlan:
+    """Size the cache: what was asked for, else all requests at full length, else half of the available memory.
+
+    Args:
+        config: of the model.
+        kind: "auto": as the weights.
+        max_batch: most requests at once.
+        max_len: most tokens of a request.
+        cache_gb: 1e9 bytes; None: by the rule above.
+        fp32: the weights are.
+
+    Raises:
+        ConfigError: the kind is unknown or not possible, or not even one block fits.
+    """
+    if kind not in get_args(CacheKind):
+        raise ConfigError(f"cache = {kind!r} is not one of: {', '.join(get_args(CacheKind))}")
+    chosen = NAMES[("fp32" if fp32 else "bf16") if kind == "auto" else kind]
+    per_token = config.num_hidden_layers * entry_bytes(config, chosen)
+    wanted = max_batch * blocks_for(max_len)
+    if cache_gb is not None:
+        blocks = int(cache_gb * 1e9) // (BLOCK_LEN * per_token)
+        if blocks < 1:
+            raise ConfigError(
+                f"cache_gb = {cache_gb:g} holds not even one block of {BLOCK_LEN} tokens, {BLOCK_LEN * per_token / 1e9:.4f} GB"
+            )
+        return CachePlan(chosen, blocks, per_token)
+    free = available_memory()
+    room = wanted if free is None else int(free * _SHARE) // (BLOCK_LEN * per_token)
+    return CachePlan(chosen, min(wanted, max(room, blocks_for(min(max_len, _LEAST_TOKENS)))), per_token)
+
+
+def open_stack(model: Transformer | StackWeights, plan: CachePlan, *, backend: Backend, threads: int | None, num_tokens: int) -> Stack:
+    """Return what runs the stack: native code where it can, else torch.
+
+    Raises:
+        Unavailable: native code was asked for and cannot run here; the message says why.
+        ConfigError: it does not serve this model.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend = {backend!r} is not one of: {', '.join(get_args(Backend))}")
+    threads = torch.get_num_threads() if threads is None else threads
+    if not 1 <= threads <= (os.cpu_count() or 1) * 4:
+        raise ConfigError(f"threads = {threads} is not from 1 to {(os.cpu_count() or 1) * 4}")
+    if isinstance(model, StackWeights):
+        return NativeStack(model, LatentStore(model.config, plan.kind, plan.num_blocks), threads=threads, num_tokens=num_tokens)
+    native = serves(model)
+    if backend == "native" and not native:
+        raise ConfigError(
+            "the native step serves DeepSeek-V2 models in fp32 or bf16 in the CPU's memory; this one is not", hint="use backend = torch"
+        )
+    if backend != "torch" and native:
+        try:
+            library()
+            store = LatentStore(model.config, plan.kind, plan.num_blocks)
+            return NativeStack(weights_of(model), store, threads=threads, num_tokens=num_tokens)
+        except Unavailable:
+            if backend == "native":
+                raise
+    return TorchStack(model, plan.kind, plan.num_blocks, num_tokens=num_tokens)
+
+
+def is_fp32(model: Transformer | StackWeights) -> bool:
+    """Tell whether a model's embedding is fp32."""
+    if isinstance(model, StackWeights):
+        return bool(model.embedding.type == Type.F32)
+    return next(model.parameters()).dtype == torch.float32
