@@ -156,7 +156,7 @@ def packed_matrix(rows: int, cols: int, kind: Type, data: UInt8[Tensor, " bytes"
 
 
 def multiply(weight: Matrix, x: Float32[Tensor, "count cols"], lib: ctypes.CDLL) -> Float32[Tensor, "count rows"]:
-    """Return x W^T as a step computes it: quantised weights multiply x rounded to 8 bits in groups of 32, bf16 weights x rounded to bf16."""
+    """Return x W^T as a step computes it: for quantised weights x is rounded to 8 bits in groups of 32, for bf16 weights to bf16."""
     if x.shape[1] != weight.cols:
         raise ValueError(f"rows of {x.shape[1]} numbers cannot be multiplied by a weight of {weight.cols} columns")
     x, y = x.contiguous(), torch.full((len(x), weight.rows), torch.nan)

@@ -32,21 +32,34 @@ static void rotate(float* x, int rope, const float* cosine, const float* sine) {
     }
 }
 
-static float dot_f32(const Matrix& w, int row, const float* x) {
-    vf acc = splat(0.0f);
-    for (int k = 0; k < w.cols; k += LANES) {
-        const int count = std::min(LANES, w.cols - k);
-        const size_t at = (size_t)row * w.cols + k;
-        vf v = w.type == F32 ? load_some((const float*)w.data + at, count) : load_bf16_some((const uint16_t*)w.data + at, count);
-        acc += v * load(x + k);  // x is filled up with zeros
+// Eight rows of a plain matrix times x in fp32, whatever its type: bf16 products would flip near-ties between experts.
+template <int32_t TYPE>
+static void eight_dots(const Matrix& w, int row, const float* x, float* out) {
+    constexpr int ROWS = 8;
+    vf acc[16] = {};
+    const int rows = std::min(ROWS, w.rows - row);
+    const size_t stride = (size_t)w.cols;
+    int k = 0;
+    for (; k + LANES <= w.cols; k += LANES) {
+        const vf right = load(x + k);
+        for (int r = 0; r < ROWS; r++) {
+            const size_t at = (row + std::min(r, rows - 1)) * stride + k;
+            acc[r] += (TYPE == F32 ? load((const float*)w.data + at) : load_bf16((const uint16_t*)w.data + at)) * right;
+        }
     }
-    return sum(acc);
+    for (int r = 0; r < rows && k < w.cols; r++) {
+        const size_t at = (row + r) * stride + k;
+        acc[r] += (TYPE == F32 ? load_some((const float*)w.data + at, w.cols - k) : load_bf16_some((const uint16_t*)w.data + at, w.cols - k)) * load(x + k);
+    }
+    float sums[16];
+    store(sums, sum_each(acc));
+    std::memcpy(out, sums, rows * sizeof(float));
 }
 
-// Choose a token's experts (eq 20-22, section 2.2.2); equal affinities go to the lower index.
-static void route(const Model& m, const Matrix& centroids, const float* x, int32_t* experts, float* gates, float* affinity, float* candidate) {
+// Choose a token's experts (eq 20-22, section 2.2.2) by its logits, which become affinities; equal ones go to the lower index.
+static void route(const Model& m, float* affinity, int32_t* experts, float* gates, float* candidate) {
     float largest = -INFINITY, total = 0;
-    for (int e = 0; e < m.experts; e++) largest = std::max(largest, affinity[e] = dot_f32(centroids, e, x));
+    for (int e = 0; e < m.experts; e++) largest = std::max(largest, affinity[e]);
     for (int e = 0; e < m.experts; e++) total += affinity[e] = std::exp(affinity[e] - largest);
     for (int e = 0; e < m.experts; e++) candidate[e] = affinity[e] /= total;
     if (m.reachable < m.groups) {

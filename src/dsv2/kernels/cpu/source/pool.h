@@ -1,6 +1,6 @@
 // Threads that run one function together, meet at barriers, and sleep when there is nothing to do.
 //
-// Waiting spins for some ten microseconds, which covers the gaps inside a step, and then parks, so that an idle engine, or one that shares
+// Waiting spins for some hundred microseconds, which covers the gaps inside a step, and then parks, so that an idle engine, or one that shares
 // its cores with other work, costs nothing.
 #pragma once
 #include <atomic>
@@ -31,7 +31,7 @@ class Event {
     }
 
   private:
-    static constexpr int SPINS = 4000;
+    static constexpr int SPINS = 20000;
     static void relax() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();

@@ -94,6 +94,7 @@ void Stack::reserve() {
     heads = heads_.get(rows, m.heads * m.value, narrow, quantised);
     gates = gates_.get((size_t)rows * std::max(1, m.chosen));
     chosen = chosen_.get((size_t)rows * std::max(1, m.chosen));
+    affinity = affinity_.get((size_t)rows * std::max(1, m.experts));
     int widest = 0, widest_expert = 0;
     for (int l = 0; l < m.layers; l++) {
         widest = std::max(widest, (int)m.layer[l].gate.rows);
@@ -372,8 +373,8 @@ void Stack::collect_units(const Layer& layer) {
 void Stack::hidden_block(const Unit& unit, int block, float* y) {
     const int row = block * PIECE, some = std::min(PIECE, unit.width - row);
     const Rows& to = unit.weight ? hidden : always;
-    multiply(*unit.gate, unit.gate_row + row, some, normed, unit.token, unit.count, y, 2 * PIECE);
-    multiply(*unit.up, unit.up_row + row, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE);
+    multiply(*unit.gate, unit.gate_row + row, some, normed, unit.token, unit.count, y, 2 * PIECE, tile_at(*unit.up, unit.up_row + row));
+    multiply(*unit.up, unit.up_row + row, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE, tile_at(*unit.gate, unit.gate_row + row + some));
     for (int i = 0; i < unit.count; i++) {
         const size_t line = unit.first_hidden + i, at = line * to.width + row;
         float* gate = y + (size_t)i * 2 * PIECE;
@@ -396,9 +397,21 @@ void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
         rms_norm(x + i * width, layer.feed_forward_norm, m.norm_eps, normed.f32 + i * normed.width);
         finish_row(normed, (int)i, m.hidden, layer.gate.rows ? layer.gate : layer.expert_gate_up);
         if (layer.gate.rows && layer.router.rows && layer.expert_gate_up.type != layer.gate.type) prepare(normed, (int)i, layer.expert_gate_up.type);
-        if (layer.router.rows) route(m, layer.router, normed.f32 + i * normed.width, chosen + i * m.chosen, gates + i * m.chosen, y, y + m.experts);
     });
     w.barrier();
+    if (layer.router.rows) {  // in two loops: of a single row, too, all threads read the centroids
+        const int some = 8, pieces = (m.experts + some - 1) / some;
+        w.share((int64_t)rows * pieces, rows >= 8 ? pieces : 1, [&](int64_t task) {
+            const int64_t i = task / pieces;
+            const int e = (int)(task % pieces) * some;
+            const float* row = normed.f32 + i * normed.width;
+            if (layer.router.type == F32) eight_dots<F32>(layer.router, e, row, affinity + i * m.experts + e);
+            else eight_dots<BF16>(layer.router, e, row, affinity + i * m.experts + e);
+        });
+        w.barrier();
+        w.share(rows, 8, [&](int64_t i) { route(m, affinity + i * m.experts, chosen + i * m.chosen, gates + i * m.chosen, y); });
+        w.barrier();
+    }
     if (w.index == 0) {
         collect_units(layer);
         if (step->want_experts && layer.router.rows)
@@ -414,8 +427,10 @@ void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
         const int row = (int)p * PIECE, some = std::min(PIECE, m.hidden - row);
         float *total = y, *part = y + (size_t)rows * PIECE;
         std::memset(total, 0, (size_t)rows * PIECE * sizeof(float));
-        for (const Unit& unit : units) {
-            multiply(*unit.down, unit.down_row + row, some, unit.weight ? hidden : always, identity.data() + unit.first_hidden, unit.count, part, PIECE);
+        for (size_t u = 0; u < units.size(); u++) {
+            const Unit &unit = units[u], &next = units[u + 1 < units.size() ? u + 1 : 0];
+            const void* then = tile_at(*next.down, next.down_row + row + (u + 1 < units.size() ? 0 : some));
+            multiply(*unit.down, unit.down_row + row, some, unit.weight ? hidden : always, identity.data() + unit.first_hidden, unit.count, part, PIECE, then);
             for (int i = 0; i < unit.count; i++) {
                 float* to = total + (size_t)unit.token[i] * PIECE;
                 const vf weight = splat(unit.weight ? unit.weight[i] : 1.0f);
@@ -439,11 +454,25 @@ void Stack::logits(Worker& w) {
     w.barrier();
     w.share(count, 1, [&](int64_t i) {
         const float* line = step->logits + i * m.vocab;
-        int best = 0;
-        float bad = 0;  // a NaN or an infinity makes it one
-        for (int v = 0; v < step->used; v++) { if (line[v] > line[best]) best = v; bad += line[v] * 0.0f; }
+        vf largest = splat(-INFINITY), bad = splat(0.0f);  // a NaN or an infinity makes it a NaN
+        vi at = splat(0);
+        int v = 0;
+        for (; v + LANES <= step->used; v += LANES) {
+            const vf here = load(line + v);
+            const vi more = here > largest;
+            largest = select(more, here, largest);
+            at = (more & splat(v)) | (~more & at);
+            bad += here * 0.0f;
+        }
+        int best = -1;
+        for (int k = 0; k < LANES && v; k++) {
+            const int id = at[k] + k;
+            if (best < 0 || line[id] > line[best] || (line[id] == line[best] && id < best)) best = id;
+        }
+        float rest = sum(bad);
+        for (; v < step->used; v++) { if (best < 0 || line[v] > line[best]) best = v; rest += line[v] * 0.0f; }
         step->best[i] = best;
-        step->best_logit[i] = bad == 0.0f ? line[best] : NAN;
+        step->best_logit[i] = rest == 0.0f ? line[best] : NAN;
     });
 }
 

@@ -91,10 +91,10 @@ class Stack {
     std::vector<int32_t> counts, expert_token;
     std::vector<float> expert_weight;
     // buffers by content; [rows, ...] unless said
-    Buffer<float> x_, cosine_, sine_, query_, latent_, narrow_query_, absorbed_, spans_, gates_;
+    Buffer<float> x_, cosine_, sine_, query_, latent_, absorbed_, spans_, gates_, affinity_;
     Buffer<int32_t> chosen_;
     RowsBuffer normed_, query_latent_, nope_, mixed_, heads_, hidden_, always_, last_;
-    float *x, *cosine, *sine, *query, *latent, *absorbed, *spans, *gates;
+    float *x, *cosine, *sine, *query, *latent, *absorbed, *spans, *gates, *affinity;
     int32_t* chosen;
     Rows normed, query_latent, nope, mixed, heads, hidden, always, last;
     struct Private { Buffer<float> wide, scores, panel, more, out; Buffer<uint16_t> thin; };

@@ -96,15 +96,15 @@ INLINE vf sum_each(const vf* v) {
     for (int i = 0; i < 2; i++) c[i] = __builtin_shuffle(b[2 * i], b[2 * i + 1], e4) + __builtin_shuffle(b[2 * i], b[2 * i + 1], o4);
     return __builtin_shuffle(c[0], c[1], e8) + __builtin_shuffle(c[0], c[1], o8);
 }
+const vi FAR_8 = {8, 9, 10, 11, 12, 13, 14, 15}, FAR_4 = {4, 5, 6, 7}, FAR_2 = {2, 3}, FAR_1 = {1};
 INLINE float sum(vf v) {
-    float x[16]; store(x, v);
-    for (int width = 8; width; width /= 2) for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+    v += __builtin_shuffle(v, FAR_8); v += __builtin_shuffle(v, FAR_4); v += __builtin_shuffle(v, FAR_2); v += __builtin_shuffle(v, FAR_1);
+    return v[0];
 }
 INLINE float max_of(vf v) {
-    float x[16]; store(x, v);
-    for (int i = 1; i < 16; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
-    return x[0];
+    v = vmax(v, __builtin_shuffle(v, FAR_8)); v = vmax(v, __builtin_shuffle(v, FAR_4)); v = vmax(v, __builtin_shuffle(v, FAR_2));
+    v = vmax(v, __builtin_shuffle(v, FAR_1));
+    return v[0];
 }
 
 // e^x to 2 units in the last place; 0 below -87, a NaN stays one.
