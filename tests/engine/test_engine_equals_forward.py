@@ -1,6 +1,7 @@
 """The engine on a real model: batched = alone, in any order, joining at any time; prefixes, preemption and drafts change no text."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2.engine.engine import Engine
+from dsv2.engine.pieces import pieces_of
 from dsv2.engine.request import Output, Request, SamplingParams
+from dsv2.engine.sequence import Chunk
+from dsv2.engine.sequence import Sequence as Row
 from dsv2.model.config import ModelConfig
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
@@ -184,3 +188,18 @@ def test_a_deadline_ends_an_answer(long_model: Transformer, tokenizer: Tokenizer
     (output,) = engine.generate([Request("r", LONG[:64], SamplingParams(max_tokens=900, ignore_eos=True), deadline_s=0.05)])
     assert output.finish_reason == "deadline" and len(output.tokens) < 900
     assert engine._scheduler.pool.num_used == 0
+
+
+def test_the_reading_follows_the_position() -> None:
+    """Whole units of 256 prompt tokens expanded, the rest of the prompt, the answer and drafts absorbed, however chunks are cut."""
+    seq = Row(1, list(range(700)), 800)
+    seq.tokens += [7, 8, 9]
+    seq.blocks = list(range(12))
+    seq.draft = (4, 5)
+    cuts = [0, 64, 320, 576, 702, 705]
+    pieces = [piece for a, b in pairwise(cuts) for piece in pieces_of(Chunk(seq, a, b - a, b >= 703), a)]
+    assert [(piece.position, len(piece.tokens), piece.expanded) for piece in pieces] == [
+        (0, 64, True), (64, 256, True), (320, 192, True), (512, 64, False), (576, 126, False), (702, 3, False),
+    ]  # fmt: skip
+    assert [list(piece.wanted) for piece in pieces] == [[], [], [], [], [], [0, 1, 2]]
+    assert list(pieces[-1].tokens) == [9, 4, 5]

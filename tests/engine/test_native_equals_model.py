@@ -144,7 +144,7 @@ def test_bf16_weights_are_as_near_to_fp32_as_torch_is(small_config: Any) -> None
 
 
 def test_the_routed_experts_are_those_of_the_model(small_config: Any) -> None:
-    model = lively(small_config(**SHAPES["compressed queries, groups"]))
+    model = lively(small_config(**SHAPES["compressed queries, groups"] | {"topk_group": 1}))
     tokens = tokens_of(model.config, 40)
     with torch.inference_mode():
         expected = [stats.experts[0].numpy() for stats in model(torch.tensor([tokens])).router_stats]
@@ -165,7 +165,7 @@ def test_the_best_id_is_the_first_of_the_largest_in_use(small_config: Any) -> No
     assert np.array_equal(answered.best, answered.logits[:, :300].argmax(1))
     assert np.array_equal(answered.best_logit, answered.logits[:, :300].max(1))
     with torch.no_grad():
-        model.model.norm.weight[3] = torch.nan
+        model.lm_head.weight[150] = torch.nan  # one logit of many
     assert np.isnan(stack.step([Piece([5], 30, [1], False, [0])]).best_logit).all()
 
 
@@ -176,3 +176,20 @@ def test_the_best_id_is_the_first_of_the_largest_in_use(small_config: Any) -> No
 def test_what_does_not_exist_is_refused(small_config: Any, piece: Piece) -> None:
     with pytest.raises(ValueError, match="exist|hold"):
         native(lively(small_config())).step([piece])
+
+
+def test_spans_are_merged(small_config: Any) -> None:
+    """Keys in spans of 512: several threads' parts of one sequence, and the order of a chunk too large to be kept in parts."""
+    model = lively(small_config(max_position_embeddings=2048, num_hidden_layers=2))
+    tokens = tokens_of(model.config, 1300)
+    expected = whole(model, tokens)
+    stack = native(model, blocks=24)
+    blocks = list(range(23, 1, -1))
+    first = stack.step([Piece(tokens[:1280], 0, blocks, True, [1279])]).logits.copy()
+    torch.testing.assert_close(torch.tensor(first[0]), expected[1279], rtol=1e-5, atol=2e-5)
+    for position in range(1280, 1300):
+        found = torch.tensor(stack.step([Piece(tokens[position : position + 1], position, blocks, False, [0])]).logits[0].copy())
+        torch.testing.assert_close(found, expected[position], rtol=1e-5, atol=2e-5)
+    absorbed = native(model, blocks=24)
+    found = torch.tensor(absorbed.step([Piece(tokens, 0, blocks, False, range(1300))]).logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
