@@ -27,6 +27,7 @@ from dsv2.model.config import ModelConfig
 from dsv2.progress import console, table, transfer_bar
 
 THREADS = 2  # packing threads; reading is the caller's
+TURN = 32  # rows of a gate block, then of an up block (PIECE in kernels/cpu/source/step.cpp)
 
 
 def run(target: str, *, out: Path, scheme: Scheme = "mixed") -> None:
@@ -126,9 +127,19 @@ class Packer:
                 else:
                     yield head * padded(value, TILE), weight[nope:]
             return
-        stride = expert_stride(config, slot.type) if field == "expert_gate_up" else padded(config.hidden_size, TILE)
+        if field == "expert_gate_up":
+            yield from self._by_turns(slot)
+            return
         for index, name in enumerate(slot.sources):
-            yield index * stride, self._source.read(name)
+            yield index * padded(config.hidden_size, TILE), self._source.read(name)
+
+    def _by_turns(self, slot: Slot) -> Iterator[tuple[int, Tensor]]:
+        """Yield gate and up matrices of the experts in blocks that take turns, so that a step reads both in one run."""
+        stride = expert_stride(self._config, slot.type)
+        for index, name in enumerate(slot.sources):
+            expert, half = divmod(index, 2)
+            for block, weight in enumerate(self._source.read(name).split(TURN)):
+                yield (2 * stride * expert) + TURN * (2 * block + half), weight
 
     def _packed(self, slot: Slot, parts: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
         """Quantise what is stacked in a slot; a view of a source is valid until its next read, so each is copied first."""

@@ -14,7 +14,7 @@ struct Layer {
     Matrix out;                   // W^O
     Matrix router;                // centroids, F32 or BF16; no rows: a dense layer
     Matrix gate, up_gate, down;   // of the dense network or of all shared experts as one; no rows: none
-    Matrix expert_gate_up;        // experts stacked, each `expert_stride` gate rows, then as many up rows
+    Matrix expert_gate_up;        // experts stacked, each `expert_stride` gate rows, then as many up rows; quantised: 32 of each by turns
     Matrix expert_down;           // experts stacked, hidden rows (filled up) each
     int32_t expert_stride, expert_width;
 };

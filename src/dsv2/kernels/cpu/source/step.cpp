@@ -46,6 +46,8 @@ Stack::Stack(const Model& model, int threads) : m(model), pool(threads) {
 }
 
 constexpr int PIECE = 32;  // weight rows computed at a time: one group of what is computed from them
+// Bytes of sums that a task of the down products keeps in the first-level cache: the more rows it computes, the longer it reads in one place.
+constexpr size_t DOWN_BYTES = 32u << 10;
 
 // Floats of results that spans of the absorbed reading may take; beyond them a thread merges span after span itself, with the same result.
 constexpr size_t MOST_SPAN_FLOATS = 16u << 20;
@@ -100,6 +102,8 @@ void Stack::reserve() {
         widest = std::max(widest, (int)m.layer[l].gate.rows);
         widest_expert = std::max(widest_expert, (int)m.layer[l].expert_width);
     }
+    const int pieces = (m.hidden + PIECE - 1) / PIECE;
+    down_rows = PIECE * std::max(1, std::min(pieces / (2 * pool.size), (int)(DOWN_BYTES / (rows * PIECE * sizeof(float)))));
     if (widest) always = always_.get(rows, widest, narrow, quantised);
     if (widest_expert) hidden = hidden_.get(rows * m.chosen, widest_expert, narrow, quantised);
     last = last_.get(std::max(1, step->logit_rows), m.hidden, narrow, quantised);
@@ -110,7 +114,7 @@ void Stack::reserve() {
         p->scores.get((size_t)SPAN * LANES + size + 8 * (size_t)std::max(rounded(m.latent), rounded(m.value)));
         p->panel.get((size_t)(entry_width(m) + 2 * LANES) * LANES);
         if (most_expanded) p->more.get(expanded_floats(m, most_expanded));
-        p->out.get((size_t)rows * 2 * PIECE + (size_t)2 * (m.experts + m.groups + LANES));
+        p->out.get((size_t)rows * 2 * down_rows + (size_t)2 * (m.experts + m.groups + LANES));
     }
 }
 
@@ -345,7 +349,7 @@ template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int 
 // List what has to be computed: the network that every token passes, then each expert that was chosen, in order.
 void Stack::collect_units(const Layer& layer) {
     units.clear();
-    if (layer.gate.rows) units.push_back({&layer.gate, &layer.up_gate, &layer.down, 0, 0, 0, layer.gate.rows, rows, identity.data(), nullptr, 0});
+    if (layer.gate.rows) units.push_back({&layer.gate, &layer.up_gate, &layer.down, 0, 0, PIECE, 0, layer.gate.rows, rows, identity.data(), nullptr, 0});
     if (layer.router.rows) {
         const int all = rows * m.chosen;
         counts.assign(m.experts + 1, 0);
@@ -353,11 +357,12 @@ void Stack::collect_units(const Layer& layer) {
         expert_weight.resize(all);
         for (int i = 0; i < all; i++) counts[chosen[i] + 1]++;
         for (int e = 0; e < m.experts; e++) counts[e + 1] += counts[e];
-        const int down_rows = is_quantised(layer.expert_down) ? (m.hidden + TILE - 1) / TILE * TILE : m.hidden;
+        const bool by_turns = is_quantised(layer.expert_gate_up);
+        const int to_up = by_turns ? PIECE : layer.expert_stride, stride = is_quantised(layer.expert_down) ? (m.hidden + TILE - 1) / TILE * TILE : m.hidden;
         for (int e = 0; e < m.experts; e++) {
-            const int first = counts[e], count = counts[e + 1] - first;
-            if (count) units.push_back({&layer.expert_gate_up, &layer.expert_gate_up, &layer.expert_down, 2 * e * layer.expert_stride, (2 * e + 1) * layer.expert_stride,
-                                        e * down_rows, layer.expert_width, count, expert_token.data() + first, expert_weight.data() + first, first});
+            const int first = counts[e], count = counts[e + 1] - first, row = 2 * e * layer.expert_stride;
+            if (count) units.push_back({&layer.expert_gate_up, &layer.expert_gate_up, &layer.expert_down, row, row + to_up, by_turns ? 2 * PIECE : PIECE, e * stride,
+                                        layer.expert_width, count, expert_token.data() + first, expert_weight.data() + first, first});
         }
         for (int i = 0; i < all; i++) {
             const int at = counts[chosen[i]]++;
@@ -371,10 +376,10 @@ void Stack::collect_units(const Layer& layer) {
 
 // silu(gate x) * up x for one group of hidden columns, in the form that the down product wants.
 void Stack::hidden_block(const Unit& unit, int block, float* y) {
-    const int row = block * PIECE, some = std::min(PIECE, unit.width - row);
+    const int row = block * PIECE, some = std::min(PIECE, unit.width - row), at = block * unit.block_rows;
     const Rows& to = unit.weight ? hidden : always;
-    multiply(*unit.gate, unit.gate_row + row, some, normed, unit.token, unit.count, y, 2 * PIECE, tile_at(*unit.up, unit.up_row + row));
-    multiply(*unit.up, unit.up_row + row, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE, tile_at(*unit.gate, unit.gate_row + row + some));
+    multiply(*unit.gate, unit.gate_row + at, some, normed, unit.token, unit.count, y, 2 * PIECE, tile_at(*unit.up, unit.up_row + at));
+    multiply(*unit.up, unit.up_row + at, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE, tile_at(*unit.gate, unit.gate_row + at + unit.block_rows));
     for (int i = 0; i < unit.count; i++) {
         const size_t line = unit.first_hidden + i, at = line * to.width + row;
         float* gate = y + (size_t)i * 2 * PIECE;
@@ -423,21 +428,21 @@ void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
         hidden_block(units[u], (int)(task - unit_task[u]), y);
     });
     w.barrier();
-    w.share((m.hidden + PIECE - 1) / PIECE, 1, [&](int64_t p) {
-        const int row = (int)p * PIECE, some = std::min(PIECE, m.hidden - row);
-        float *total = y, *part = y + (size_t)rows * PIECE;
-        std::memset(total, 0, (size_t)rows * PIECE * sizeof(float));
+    w.share((m.hidden + down_rows - 1) / down_rows, 1, [&](int64_t p) {
+        const int row = (int)p * down_rows, some = std::min(down_rows, m.hidden - row);
+        float *total = y, *part = y + (size_t)rows * down_rows;
+        std::memset(total, 0, (size_t)rows * down_rows * sizeof(float));
         for (size_t u = 0; u < units.size(); u++) {
             const Unit &unit = units[u], &next = units[u + 1 < units.size() ? u + 1 : 0];
             const void* then = tile_at(*next.down, next.down_row + row + (u + 1 < units.size() ? 0 : some));
-            multiply(*unit.down, unit.down_row + row, some, unit.weight ? hidden : always, identity.data() + unit.first_hidden, unit.count, part, PIECE, then);
+            multiply(*unit.down, unit.down_row + row, some, unit.weight ? hidden : always, identity.data() + unit.first_hidden, unit.count, part, down_rows, then);
             for (int i = 0; i < unit.count; i++) {
-                float* to = total + (size_t)unit.token[i] * PIECE;
+                float* to = total + (size_t)unit.token[i] * down_rows;
                 const vf weight = splat(unit.weight ? unit.weight[i] : 1.0f);
-                for (int k = 0; k < PIECE; k += LANES) store(to + k, load(to + k) + load(part + (size_t)i * PIECE + k) * weight);
+                for (int k = 0; k < some; k += LANES) store(to + k, load(to + k) + load(part + (size_t)i * down_rows + k) * weight);
             }
         }
-        for (int i = 0; i < rows; i++) for (int r = 0; r < some; r++) x[(size_t)i * width + row + r] += total[(size_t)i * PIECE + r];
+        for (int i = 0; i < rows; i++) for (int r = 0; r < some; r++) x[(size_t)i * width + row + r] += total[(size_t)i * down_rows + r];
     });
     w.barrier();
 }

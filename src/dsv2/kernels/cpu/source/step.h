@@ -50,7 +50,7 @@ struct RowsBuffer {
 // A network of two products whose hidden rows are those of some tokens: an expert, or what every token passes.
 struct Unit {
     const Matrix *gate, *up, *down;
-    int gate_row, up_row, down_row, width, count;
+    int gate_row, up_row, block_rows, down_row, width, count;  // block_rows: from one block of gate (or up) rows to the next
     const int32_t* token;         // [count] rows of the step
     const float* weight;          // [count] gates; null: every token passes it, its hidden rows lie in `always`
     int first_hidden;             // row of its first token in `hidden`
@@ -80,6 +80,7 @@ class Stack {
     const Step* step = nullptr;
     const Cache* cache = nullptr;
     int rows = 0;
+    int down_rows = 0;            // results that one task of the down products computes
     bool together = true;         // spans of a group are computed by several threads and merged afterwards
     std::vector<int32_t> identity, absorbed_row;  // rows of the absorbed segments
     struct Group { int segment, first, count, spans; size_t result; };  // sixteen (token, head) rows of the absorbed reading

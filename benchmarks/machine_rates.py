@@ -1,0 +1,62 @@
+"""What this machine gives at best: bytes a second out of memory in huge pages, and multiplications of matrices.
+
+A decoding step can be no faster than its weights come out of memory, nor than its products at the rate of a large one; ``Rates.seconds``
+is that roof. Other work only ever lowers a rate, so each is the best of several tries.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from matrix_products import SQUARE, matrix_rate
+
+READ_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of the machine.
+
+    Args:
+        read: GB/s, all threads reading 1 GiB in 2 MiB pages.
+        bf16: GFLOP/s of a large product.
+        int8: the same of 8-bit integers.
+    """
+
+    read: float
+    bf16: float
+    int8: float
+
+    def seconds(self, num_bytes: float, flops: float, *, quantised: bool) -> float:
+        """Return the least time in which so many bytes are read and so many operations done."""
+        return max(num_bytes / self.read, flops / (self.int8 if quantised else self.bf16)) / 1e9
+
+
+def measure_rates() -> Rates:
+    """Measure all three, a second or two."""
+    return Rates(read_rate(), matrix_rate(torch.bfloat16), int8_rate())
+
+
+def read_rate(tries: int = 12) -> float:
+    """Return GB/s of reading: a sum over memory that no cache holds."""
+    from dsv2.kernels.cpu.memory import HugeMemory
+
+    memory = HugeMemory(READ_BYTES)
+    values = torch.frombuffer(memory.view(), dtype=torch.float32)
+    values.fill_(1.0)
+    return READ_BYTES / _best(values.sum, tries) / 1e9
+
+
+def int8_rate() -> float:
+    """Return GFLOP/s (two for a multiplication with its addition) of a product of 8-bit integers."""
+    left, right = (torch.randint(-100, 100, (SQUARE, SQUARE), dtype=torch.int8) for _ in range(2))
+    return 2 * SQUARE**3 / _best(lambda: torch._int_mm(left, right), 12) / 1e9
+
+
+def _best(work, tries: int) -> float:
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
