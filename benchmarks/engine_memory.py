@@ -122,7 +122,7 @@ def main() -> None:
         sizes = [f"{found[name]:,.1f}" for name in ("file", "cache")] + [f"{found['cache_tokens']:,.0f}"]
         sizes += [f"{size:,.0f}" for size in (found["rss"], found["peak"], found["peak"] - together, found["before"])]
         print("| " + " | ".join([target, found["scheme"], *sizes]) + " |", flush=True)
-        ratios.append((target, (together + ALLOWANCE_MIB) / found["peak"]))
+        ratios.append((Path(target).name, (together + ALLOWANCE_MIB) / found["peak"]))
     for target, ratio in ratios:
         print(f"ratio memory_{target} {ratio:.3f}")
 
