@@ -134,7 +134,7 @@ def pack(source: Source, folder: Path, scheme: Scheme, room: int) -> tuple[Stack
 
 
 def score_prompts(weights: StackWeights, tokenizer: Tokenizer, cache: str, windows: Sequence[Window]) -> tuple[list[float], int]:
-    """Return the NLL of each window as a prompt, and the cache's bytes a token as they lie in memory."""
+    """Return the NLL of each window as a prompt, and the bytes a token that the engine states of its cache."""
     room = len(windows[0].tokens) + 1  # the token that every request must be given is drawn, and never run
     engine = Engine(weights, tokenizer, max_batch=2, max_len=room, cache=cache, reuse=False, speculate=False)  # type: ignore[arg-type]
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
