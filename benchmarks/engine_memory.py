@@ -4,10 +4,10 @@
     python benchmarks/engine_memory.py --quick                          # random:nano, short requests
 
 MODEL is packed first into a temporary folder (--at FOLDER: there, and kept), unless it is a packed folder. A fresh process then opens it
-with a cache for exactly the requests that it gets: different prompts of random tokens and 32 decoded ones each, until the cache is full. Its resident set
-at the end and at its peak are what the kernel counts (VmRSS, VmHWM), in MiB, Python, torch and the tokenizer included. A model without a
-tokenizer gets one of 4096 ids trained on the shipped corpus, or --tokenizer FILE. Prints ``ratio NAME VALUE``: file, cache and 600 MiB
-over the peak; above 1 the claim holds.
+with a cache for exactly the requests that it gets: different prompts of random tokens and 32 decoded ones each, until the cache is full.
+Its resident set at the end and at its peak are what the kernel counts (VmRSS, VmHWM), in MiB, Python, torch and the tokenizer included. A
+model without a tokenizer gets one of 4096 ids trained on the shipped corpus, or --tokenizer FILE. Prints ``ratio NAME VALUE``: file,
+cache and 600 MiB over the peak; above 1 the claim holds.
 """
 
 import argparse
