@@ -5,17 +5,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.engine.batch import generate_files
 from dsv2.engine.engine import Engine
 from dsv2.engine.opening import Dtype, open_weights, sampling_of
 from dsv2.engine.request import Output, Request, SamplingParams
-from dsv2.errors import DataError, Dsv2Error, RequestError
+from dsv2.errors import ConfigError, DataError, Dsv2Error, RequestError
 from dsv2.progress import say
 from dsv2.tokenizer.chat import Template, content_of, render, stop_ids
 from dsv2.tokenizer.recognise import is_ours
@@ -31,31 +32,50 @@ Ctrl-C  stop the answer"""
 def generate(
     path: str | Path,
     *,
-    prompt: str,
+    prompt: str | None = None,
+    files: Sequence[str | Path] = (),
+    out: Path | None = None,
     max_tokens: int = 256,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
+    max_batch: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Continue a text on stdout as it is drawn; speeds go to stderr at the end.
+    """Continue a text on stdout as it is drawn, with speeds on stderr at the end; or answer files of prompts.
 
     Args:
         path: a checkpoint folder, a run (its latest checkpoint) or a tour (that of its pre-training).
         prompt: the text; "-" reads it from stdin, without its last newline.
+        files: of prompts instead; see ``batch.generate_files``.
+        out: where their answers go.
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
         temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``; None: as generation_config.json says.
         dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
+        max_batch: answers written at once, of files; None: 8.
         as_json: print one JSON object at the end instead of the text as it comes.
 
     Raises:
         CheckpointError: no checkpoint is there.
+        ConfigError: there is neither a prompt nor files, or what goes with the one is given to the other.
+        DataError: a line of a file cannot be used.
         RequestError: a parameter is out of range, or the prompt fills the context.
     """
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    if files:
+        if out is None or prompt is not None or as_json:
+            hint = "dsv2 generate PATH FILE... --out ANSWERS.jsonl"
+            raise ConfigError("files of prompts need --out, and neither --prompt nor --json goes with them", hint=hint)
+        generate_files(path, files, out, sampling=sampling, dtype=dtype, max_batch=8 if max_batch is None else max_batch)
+        return
+    if prompt is None:
+        raise ConfigError("there is neither --prompt nor a file of prompts", hint="dsv2 generate PATH --prompt TEXT")
+    if out is not None or max_batch is not None:
+        raise ConfigError("--out and --max-batch go with files of prompts; there are none", hint="dsv2 generate --help")
     folder = latest_checkpoint(path)
-    params = sampling_of(folder, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
+    params = sampling_of(folder, sampling)
     engine = open_engine(folder, dtype)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
