@@ -157,10 +157,13 @@ def test_a_step_that_fails_ends_what_is_there_and_serves_what_comes(opened: Any)
 def test_too_many_are_refused_and_later_ones_are_not(opened: Any) -> None:
     async def main() -> None:
         async with opened(max_requests=3, max_batch=1) as llm:
+            gate = threading.Event()
+            llm._thread.call(lambda engine: gate.wait(20))
             tasks = [asyncio.create_task(llm.generate("a", GREEDY)) for _ in range(3)]
             await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="3 requests are under way; with 1 more they exceed 3"):
                 await llm.generate("b", GREEDY)
+            gate.set()
             await asyncio.gather(*tasks)
             await llm.generate(["b"] * 3, GREEDY)
             with pytest.raises(Overloaded):
@@ -283,13 +286,15 @@ def test_it_sleeps_while_there_is_nothing_to_do(opened: Any, monkeypatch: pytest
             llm._thread._turn = turning
             await llm.generate("a", GREEDY)
             assert await turns_in(llm, counted) <= 1
+            llm._thread._engine._grammars._time_limit_s = 600.0
             waiting = asyncio.create_task(llm.generate("a", SamplingParams(constraint=Constraint("regex", "[ab]{3}"), max_tokens=9)))
             await until(llm, lambda engine: engine.has_work)
             assert await turns_in(llm, counted) <= 1
             await llm.generate("a", GREEDY)
-            assert not waiting.done()  # a thread that waited for the compiler would have met its time limit by now
+            assert not waiting.done()
             compiled.set()
-            assert len((await waiting)[0].text) == 3
+            async with asyncio.timeout(20):  # of the 600 that an engine would sleep which nobody wakes
+                assert len((await waiting)[0].text) == 3
 
     asyncio.run(main())
 

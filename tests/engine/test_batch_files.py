@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Transformer, tokenizer:
 @pytest.fixture
 def prompts(tmp_path: Path) -> list[Path]:
     rows = [
-        {"prompt": "the river", "id": "a"},
+        {"prompt": "the river", "id": "a", "max_tokens": 9, "ignore_eos": True},  # ends after the next one
         {"messages": TURN, "temperature": 0, "id": 7},
         {"tokens": [0, 3, 5], "n": 2, "seed": 1, "logprobs": 1},
     ]
@@ -63,7 +63,7 @@ def test_answers_are_those_of_the_engine_in_the_order_of_the_prompts(
         return SamplingParams(**({"max_tokens": 5} | fields))
 
     with LLM(run) as llm:
-        truth = llm.generate("the river", params(seed=3)) + llm.chat(TURN, params(temperature=0))
+        truth = llm.generate("the river", params(seed=3, max_tokens=9, ignore_eos=True)) + llm.chat(TURN, params(temperature=0))
         truth += llm.generate([0, 3, 5], params(n=2, seed=1, logprobs=1))
         truth += llm.generate("the book", params(seed=6)) + llm.generate("河流", params(seed=7))
     for row, output in zip(found, truth, strict=True):

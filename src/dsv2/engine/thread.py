@@ -211,10 +211,10 @@ class EngineThread:
         if accepted is None:  # aborted
             return
         accepted.unfinished -= output.finish_reason is not None
+        if not accepted.unfinished:
+            self._forget(name)  # first: whoever has the last output may send the next request at once
         if not _try(accepted.deliver, output):
             self._engine.abort(name)
-            accepted.unfinished = 0
-        if not accepted.unfinished:
             self._forget(name)
 
     def _drop_all(self) -> None:
@@ -225,8 +225,8 @@ class EngineThread:
 
     def _end(self, name: str, error: Exception) -> None:
         if (accepted := self._accepted.get(name)) is not None:
-            _try(accepted.deliver, error)
             self._forget(name)
+            _try(accepted.deliver, error)
 
     def _forget(self, name: str) -> None:
         if self._accepted.pop(name, None) is not None:
