@@ -21,7 +21,7 @@ from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
 from dsv2.engine.gather import collect, run
 from dsv2.engine.native import Answered, Piece, StackWeights
 from dsv2.engine.pieces import pieces_of
-from dsv2.engine.request import Output, Request
+from dsv2.engine.request import Output, Request, require_fit
 from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
@@ -156,22 +156,9 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise the RequestError that ``add`` would."""
-        name, params, num_tokens = request.request_id, request.params, self.tokenizer.num_tokens
-        if name in self._requests:
-            raise RequestError(f"request_id = {name!r} is already running", hint="give every running request its own id")
-        if len(request.tokens) + params.max_tokens > self.max_len:
-            raise RequestError(
-                f"request {name!r}: prompt of {len(request.tokens)} tokens + max_tokens = {params.max_tokens} exceeds"
-                f" the context of {self.max_len} tokens",
-                hint="shorten the prompt or lower max_tokens",
-            )
-        if params.prompt_logprobs_from >= len(request.tokens):
-            seen = f"prompt_logprobs_from = {params.prompt_logprobs_from}"
-            raise RequestError(f"request {name!r}: {seen} lies behind the prompt of {len(request.tokens)} tokens")
-        biased = [token for token, _ in params.logit_bias]
-        for field, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
-            if ids and max(ids) >= num_tokens:
-                raise RequestError(f"request {name!r}: {field} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id = {request.request_id!r} is already running", hint="give every running request its own id")
+        require_fit(request, max_len=self.max_len, num_tokens=self.tokenizer.num_tokens)
 
     def _start(self, request: Request, grammar: Grammar | None) -> None:
         """Hand a request's answers to the scheduler."""

@@ -1,6 +1,7 @@
 """What is asked of the engine and what it answers: small frozen records, checked when they are made.
 
-Every field is honoured or refused. What depends on the model (context length, vocabulary) is checked by ``Engine.add``.
+Every field is honoured or refused. What depends on the model (context length, vocabulary) is checked by ``require_fit`` when an
+engine is asked.
 """
 
 import json
@@ -253,6 +254,33 @@ class Output:
     cached_tokens: int = 0
     experts: "NDArray[integer[Any]] | None" = field(default=None, compare=False)
     error: str | None = None
+
+
+def require_fit(request: Request, *, max_len: int, num_tokens: int) -> None:
+    """Refuse a request that a model cannot serve.
+
+    Args:
+        request: checked by itself.
+        max_len: most tokens, prompt and answer together.
+        num_tokens: ids that have a token.
+
+    Raises:
+        RequestError: it is longer, or names another id or a place behind its prompt.
+    """
+    name, params, length = request.request_id, request.params, len(request.tokens)
+    if length + params.max_tokens > max_len:
+        raise RequestError(
+            f"request {name!r}: prompt of {length} tokens + max_tokens = {params.max_tokens} exceeds the context of {max_len} tokens",
+            hint="shorten the prompt or lower max_tokens",
+        )
+    if params.prompt_logprobs_from >= length:
+        raise RequestError(
+            f"request {name!r}: prompt_logprobs_from = {params.prompt_logprobs_from} lies behind the prompt of {length} tokens"
+        )
+    biased = [token for token, _ in params.logit_bias]
+    for field_name, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        if ids and max(ids) >= num_tokens:
+            raise RequestError(f"request {name!r}: {field_name} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
 
 
 def _whole(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
