@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from dsv2.checkpoint.huggingface import load_model
     from dsv2.data.batch import Batch
     from dsv2.data.documents import Document
+    from dsv2.engine.async_llm import AsyncLLM
     from dsv2.engine.engine import Engine
+    from dsv2.engine.llm import LLM
     from dsv2.engine.request import Output, Request, SamplingParams
     from dsv2.model.config import ModelConfig
     from dsv2.model.transformer import Transformer
@@ -33,9 +35,13 @@ _HOME = {
     "SamplingParams": "dsv2.engine.request",
     "Output": "dsv2.engine.request",
     "Engine": "dsv2.engine.engine",
+    "LLM": "dsv2.engine.llm",
+    "AsyncLLM": "dsv2.engine.async_llm",
 }
 
 __all__ = [
+    "LLM",
+    "AsyncLLM",
     "Batch",
     "Document",
     "Engine",

@@ -50,6 +50,11 @@ def _console(speaks: bool) -> Console:
     return Console(stderr=True, quiet=not speaks, highlight=False)
 
 
+def say(text: str) -> None:
+    """Print a message on stderr as it is, ``[`` without meaning."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = (), stdout: bool = False) -> None:
     """Print a table on stderr; cells are shown as ``str`` gives them, numbers to the right, ``[`` without meaning.
 

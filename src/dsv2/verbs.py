@@ -35,7 +35,9 @@ VERBS: dict[str, Verb] = {
         "Train a model on token shards.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
-    "generate": Verb("dsv2.engine.terminal:generate", "Continue a prompt.", "run the same command again"),
+    "generate": Verb(
+        "dsv2.engine.terminal:generate", "Continue a prompt, or files of them.", "run the same command again; answers of files are kept"
+    ),
     "chat": Verb("dsv2.engine.terminal:chat", "Talk to a model in the terminal.", "run the same command again"),
     "convert": Verb("dsv2.checkpoint.convert:run", "Change a model's dtype or files; GGUF; merge."),
     "quantize": Verb("dsv2.engine.quantize:run", "Pack a model into few bits for the engine."),
@@ -177,21 +179,32 @@ def pretrain(
     return Call("pretrain", arguments)
 
 
-@_verb("runs/nano --prompt 'Once upon a time'", "runs/nano --prompt - --temperature 0 < prompt.txt")
+@_verb(
+    "runs/nano --prompt 'Once upon a time'",
+    "runs/nano --prompt - --temperature 0 < prompt.txt",
+    "v2-lite prompts.jsonl more.txt --out answers.jsonl --max-batch 16",
+)
 def generate(
     path: Checkpoint,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", callback=_text, help="Text to continue; - reads it from stdin.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Files of prompts, .jsonl or .txt: a prompt a line.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", callback=_text, help="Text to continue; - reads it from stdin.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File for the answers to files of prompts.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
+    max_batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answers to files written at once; 8 without it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
 ) -> Call:
-    """Streams the continuation to stdout."""
+    """Streams the continuation to stdout. Lines of a .jsonl file are {"prompt": TEXT}, {"messages": [...]} or {"tokens": [...]}, with "id"
+    and sampling fields such as "temperature", "n", "stop" or "logprobs" where wanted; all are checked before any runs. The answers are JSON
+    lines in the order of the prompts; an interrupted batch goes on where it stopped. With --seed each line has its own, counted from N.
+    """
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return Call("generate", {"path": path, "prompt": prompt, **sampling, "dtype": dtype, "as_json": json})
+    asked = {"path": path, "prompt": prompt, "files": files or [], "out": out}
+    return Call("generate", {**asked, **sampling, "dtype": dtype, "max_batch": max_batch, "as_json": json})
 
 
 @_verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")

@@ -315,3 +315,28 @@ def test_a_constraint_that_fails_under_way_ends_its_request_alone(
     )
     assert (ill.text, ill.finish_reason) == ("ab", "error") and ill.error is not None and "no further token" in ill.error
     assert (well.finish_reason, well.error, len(well.tokens)) == ("length", None, 8)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_constraint_without_its_package_ends_its_request_alone(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    def missing(tokenizer: Tokenizer) -> Any:
+        raise MissingExtra("llguidance", "constrain", "a constraint")
+
+    monkeypatch.setattr(constrain, "_read_vocabulary", missing)
+    engine = Engine(model, tokenizer)
+    bound = SamplingParams(max_tokens=3, n=n, constraint=Constraint("regex", "a"))
+    *refused, free = engine.generate([Request("bound", (0,), bound), Request("free", (0,), SamplingParams(max_tokens=3, ignore_eos=True))])
+    assert [(output.index, output.finish_reason) for output in refused] == [(index, "error") for index in range(n)]
+    assert "needs llguidance" in str(refused[0].error) and free.finish_reason == "length" and not engine.has_work
+
+
+def test_a_request_that_nobody_can_compile_for_leaves_nothing_behind(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrain, "MAX_QUEUED", 0)
+    engine = Engine(model, tokenizer)
+    with pytest.raises(RequestError, match="wait to be compiled"):
+        engine.add(Request("r", (0,), SamplingParams(max_tokens=3, constraint=Constraint("regex", "a"))))
+    assert not engine.has_work and engine.abort("r") is None

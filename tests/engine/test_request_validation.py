@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv2.engine.request import Constraint, Request, SamplingParams
+from dsv2.engine.request import Constraint, Request, SamplingParams, require_fit
 from dsv2.errors import RequestError
 
 
@@ -110,3 +110,11 @@ def test_a_schema_may_be_a_mapping() -> None:
 def test_nothing_beside_a_constraint_says_where_the_answer_may_end(field: str) -> None:
     with pytest.raises(RequestError, match=field):
         SamplingParams(constraint=Constraint("json_object"), **{field: field == "ignore_eos" or 3})
+
+
+def test_prompt_logprobs_from_needs_prompt_logprobs_and_a_place_in_the_prompt() -> None:
+    with pytest.raises(RequestError, match="prompt_logprobs_from = 3 without prompt_logprobs"):
+        SamplingParams(prompt_logprobs_from=3)
+    request = Request("r", (0, 1, 2), SamplingParams(prompt_logprobs=0, prompt_logprobs_from=3, max_tokens=1))
+    with pytest.raises(RequestError, match="prompt_logprobs_from = 3 lies behind the prompt of 3 tokens"):
+        require_fit(request, max_len=9, num_tokens=9)

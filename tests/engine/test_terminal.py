@@ -13,6 +13,7 @@ import pytest
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.engine import terminal
 from dsv2.engine.engine import Engine
+from dsv2.engine.opening import sampling_of
 from dsv2.engine.request import SamplingParams
 from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
 from dsv2.model.transformer import Transformer
@@ -203,7 +204,7 @@ def test_the_folder_says_how_to_sample_and_options_go_before_it(tour: Path, tmp_
     (folder / "manifest.json").unlink()
 
     def sampling(**given: Any) -> SamplingParams:
-        return terminal._sampling(folder, **given)
+        return sampling_of(folder, given)
 
     assert (sampling().temperature, sampling(seed=3).top_p) == (0.3, 0.95)
     assert "temperature 0.3, top_p 0.95 (generation_config.json)" in capsys.readouterr().err

@@ -8,13 +8,27 @@ from numpy.typing import NDArray
 
 from dsv2.engine.constrain import Grammar
 from dsv2.engine.request import FinishReason, Output, Request, TokenLogprob
-from dsv2.engine.sampler import Drawn, SamplerState
+from dsv2.engine.sampler import Drawn, NotFinite, SamplerState
 from dsv2.engine.sequence import Sequence
 from dsv2.engine.speculate import DraftLength, PromptLookup
 from dsv2.engine.text import TextStream
+from dsv2.errors import CheckpointError
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 MOST_DRAFTED = 6  # tokens
+
+
+class Dropped(CheckpointError):
+    """Some requests met logits that are no numbers and are no longer in the engine.
+
+    Args:
+        request_ids: theirs.
+        failure: what the sampler met.
+    """
+
+    def __init__(self, request_ids: Ordered[str], failure: NotFinite) -> None:
+        super().__init__(f"request {', '.join(map(repr, request_ids))}: {failure.message}", hint=failure.hint)
+        self.request_ids = tuple(request_ids)
 
 
 class Answer:
@@ -30,7 +44,7 @@ class Answer:
         speculate: whether drafts may be tried.
     """
 
-    __slots__ = ("drafts", "experts", "index", "lookup", "num_new", "prompt_logprobs", "request", "sampler", "seq", "text")
+    __slots__ = ("drafts", "experts", "first_scored", "index", "lookup", "num_new", "prompt_logprobs", "request", "sampler", "seq", "text")
 
     def __init__(
         self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool
@@ -49,7 +63,8 @@ class Answer:
         self.num_new = 0
         self.lookup = PromptLookup(request.tokens) if speculate else None
         self.drafts = DraftLength()
-        self.prompt_logprobs: list[TokenLogprob] = []  # entry p is of token p + 1
+        self.first_scored = max(params.prompt_logprobs_from, 1) - 1  # the row of position p tells of token p + 1
+        self.prompt_logprobs: list[TokenLogprob] = []  # from that row on
         self.experts: list[NDArray[np.integer[Any]]] = []  # [layer, chosen] of token p
 
     def take(self, drawn: Drawn, drafted: int) -> Output:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,14 @@ class GrammarCompiler:
     Args:
         tokenizer: the model's.
         time_limit_s: seconds from ``submit`` until a compilation counts as failed.
+        on_settled: called after each, from the thread that compiled.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S, on_settled: Callable[[], object] = lambda: None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._on_settled = on_settled
         self._time_limit_s = time_limit_s
         self._lock = threading.Lock()
         self._vocabulary_lock = threading.Lock()
@@ -238,6 +242,7 @@ class GrammarCompiler:
                 if isinstance(outcome, Grammar):
                     self._keep(constraint, outcome)
             job.settle(outcome)
+            self._on_settled()
 
     def _keep(self, constraint: Constraint, grammar: Grammar) -> None:
         self._cache[constraint] = grammar

@@ -8,24 +8,26 @@ written, and pieces of prompts. The caller's thread does all the work; nothing r
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import count
+from math import inf
 from typing import TypeVar
 
 import numpy as np
 
-from dsv2.engine.answer import MOST_DRAFTED, Answer, joined
+from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped
 from dsv2.engine.blocks import BlockPool
 from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
+from dsv2.engine.gather import collect, run
 from dsv2.engine.native import Answered, Piece, StackWeights
 from dsv2.engine.pieces import pieces_of
-from dsv2.engine.request import Output, Request
+from dsv2.engine.request import Output, Request, require_fit
 from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
 from dsv2.engine.sequence import Sequence as Row
 from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, plan_cache
-from dsv2.errors import CheckpointError, ConfigError, RequestError
+from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
@@ -100,7 +102,8 @@ class Engine:
         pool = BlockPool(self.cache.num_blocks, reuse=reuse)
         self._scheduler = Scheduler(pool, max_sequences=max_batch, max_step_s=max_step_s)
         self._speculate = speculate
-        self._grammars = GrammarCompiler(tokenizer)
+        self.on_compiled: Callable[[], object] = lambda: None  # called from another thread when a constraint is ready
+        self._grammars = GrammarCompiler(tokenizer, on_settled=lambda: self.on_compiled())
         self._requests: dict[str, list[Answer]] = {}  # unfinished answers
         self._answers: dict[int, Answer] = {}  # by sequence
         self._compiling: deque[tuple[Request, Compilation]] = deque()
@@ -113,6 +116,13 @@ class Engine:
         return bool(self._requests or self._undelivered)
 
     @property
+    def idle_s(self) -> float:
+        """Seconds that ``step`` would only wait: 0 with work at hand, else until a constraint is late; infinity without any."""
+        if self._answers or self._undelivered:
+            return 0.0
+        return min((0.0 if job.ready else job.left_s for _, job in self._compiling), default=inf)
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token takes in the latent cache over all layers."""
         return self.cache.bytes_per_token
@@ -122,7 +132,11 @@ class Engine:
         self._stack.close()
 
     def weights_changed(self) -> None:
-        """Forget all cached latents: they belong to weights that are no more. Running requests go on with the new ones."""
+        """Forget all cached latents: they belong to weights that are no more. Running requests go on with the new ones.
+
+        To be called after weights were changed in place or given other memory, before the next step.
+        """
+        self._stack.weights_changed()
         self._scheduler.reset_cache()
 
     def add(self, request: Request) -> None:
@@ -131,27 +145,20 @@ class Engine:
         Raises:
             RequestError: its id is taken, it cannot fit into ``max_len`` tokens, or it names an id outside the vocabulary.
         """
-        self._check(request)
+        self.check(request)
+        constraint = request.params.constraint
+        job = None if constraint is None else self._grammars.submit(constraint)
         self._requests[request.request_id] = []
-        if request.params.constraint is None:
+        if job is None:
             self._start(request, None)
         else:
-            self._compiling.append((request, self._grammars.submit(request.params.constraint)))
+            self._compiling.append((request, job))
 
-    def _check(self, request: Request) -> None:
-        name, params, num_tokens = request.request_id, request.params, self.tokenizer.num_tokens
-        if name in self._requests:
-            raise RequestError(f"request_id = {name!r} is already running", hint="give every running request its own id")
-        if len(request.tokens) + params.max_tokens > self.max_len:
-            raise RequestError(
-                f"request {name!r}: prompt of {len(request.tokens)} tokens + max_tokens = {params.max_tokens} exceeds"
-                f" the context of {self.max_len} tokens",
-                hint="shorten the prompt or lower max_tokens",
-            )
-        biased = [token for token, _ in params.logit_bias]
-        for field, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
-            if ids and max(ids) >= num_tokens:
-                raise RequestError(f"request {name!r}: {field} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
+    def check(self, request: Request) -> None:
+        """Raise the RequestError that ``add`` would."""
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id = {request.request_id!r} is already running", hint="give every running request its own id")
+        require_fit(request, max_len=self.max_len, num_tokens=self.tokenizer.num_tokens)
 
     def _start(self, request: Request, grammar: Grammar | None) -> None:
         """Hand a request's answers to the scheduler."""
@@ -166,7 +173,9 @@ class Engine:
                 number, list(request.tokens), len(request.tokens) + params.max_tokens, salt=salt, priority=request.priority,
                 deadline=deadline, all_logits=recorded,
             )  # fmt: skip
-            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=self._speculate)
+            speculate = self._speculate and params.max_tokens > 1
+            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=speculate)
+            row.num_scored = answer.first_scored
             self._scheduler.add(row)
             self._requests[request.request_id].append(answer)
             self._answers[number] = answer
@@ -179,9 +188,9 @@ class Engine:
         Raises:
             CheckpointError: the logits of a request are not finite. It is dropped; the others are as before the step.
         """
-        outputs, self._undelivered = self._undelivered, []
+        outputs = self.leftovers()
         try:
-            outputs += self._start_compiled()
+            outputs += self._start_compiled(wait=not outputs)
             plan = self._scheduler.schedule(time.monotonic())
             outputs += [self._finished(self._answers[row.seq_id], "deadline") for row in plan.expired]
             if plan.chunks:
@@ -191,21 +200,25 @@ class Engine:
             raise
         return outputs
 
-    def _start_compiled(self) -> list[Output]:
-        """Start requests whose constraint is ready; wait for the first only where there is nothing else to do."""
+    def _start_compiled(self, *, wait: bool) -> list[Output]:
+        """Start requests whose constraint is ready; wait for the first where that is allowed and there is nothing else to do."""
         failed: list[Output] = []
+        busy = not wait or self.idle_s == 0
         for _ in range(len(self._compiling)):
-            request, compilation = self._compiling.popleft()
-            if request.request_id not in self._requests:
+            request, job = self._compiling.popleft()
+            name = request.request_id
+            if name not in self._requests:
                 continue  # aborted
-            if not compilation.ready and (self._answers or failed):
-                self._compiling.append((request, compilation))
+            if busy and not job.ready:
+                self._compiling.append((request, job))
                 continue
+            busy = True
             try:
-                self._start(request, compilation.result())
-            except RequestError as error:
-                del self._requests[request.request_id]
-                failed.append(Output(request.request_id, (), "", "error", None, len(request.tokens), error=str(error)))
+                self._start(request, job.result())
+            except (RequestError, MissingExtra) as error:
+                del self._requests[name]
+                length, text = len(request.tokens), str(error)
+                failed += [Output(name, (), "", "error", None, length, index, error=text) for index in range(request.params.n)]
         return failed
 
     def _run(self, plan: Plan) -> list[Output]:
@@ -223,20 +236,22 @@ class Engine:
     def _scored(self, chunk: Chunk) -> list[Piece]:
         """Run a chunk all of whose logits are wanted but for its last rows, and read off what they say of the prompt."""
         answer, start = self._answers[chunk.seq.seq_id], chunk.start
+        first = answer.first_scored
         end, prompt_len = start + chunk.length, chunk.seq.prompt_len
         top = answer.request.params.prompt_logprobs
         known = min(end, prompt_len - 1)  # the row of position p tells of token p + 1
         assert top is not None
         while start < known:
-            stop = min(known, start + _SCORED_ROWS)
-            rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=start), want_experts=answer.request.record_experts)
+            wanted = max(start, first)
+            stop = min(known, wanted + _SCORED_ROWS)
+            rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=wanted), want_experts=answer.request.record_experts)
             if rows.experts is not None:
                 _put(answer.experts, start, list(rows.experts.transpose(1, 0, 2)))
             try:
-                read = read_logprobs(rows.logits, chunk.seq.tokens[start + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
+                read = read_logprobs(rows.logits, chunk.seq.tokens[wanted + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
             except NotFinite as failure:
                 raise self._dropped([answer], failure) from failure
-            _put(answer.prompt_logprobs, start, read)
+            _put(answer.prompt_logprobs, wanted - first, read)
             start = stop
         return pieces_of(chunk, start) if start < end else pieces_of(chunk, end - 1)
 
@@ -295,12 +310,12 @@ class Engine:
             if answer.num_new:
                 answer.seq.draft = answer.draft(per_step)
 
-    def _dropped(self, answers: Sequence[Answer], failure: NotFinite) -> CheckpointError:
+    def _dropped(self, answers: Sequence[Answer], failure: NotFinite) -> Dropped:
         """Drop requests whose logits are not finite; return the error that says so."""
         names = list(dict.fromkeys(answer.request.request_id for answer in answers))
         for name in names:
             self.abort(name)
-        return CheckpointError(f"request {', '.join(map(repr, names))}: {failure.message}", hint=failure.hint)
+        return Dropped(names, failure)
 
     def _forget(self, answer: Answer) -> None:
         del self._answers[answer.seq.seq_id]
@@ -316,19 +331,21 @@ class Engine:
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; return the last output of its first unfinished answer, or None if it has finished or never was."""
+        return next(iter(self.abort_answers(request_id)), None)
+
+    def abort_answers(self, request_id: str) -> list[Output]:
+        """End a request now; return the last output of each of its unfinished answers."""
         self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
-        if request_id not in self._requests:
-            return None
-        answers = list(self._requests[request_id])
-        if not answers:  # its constraint is being compiled
+        answers = list(self._requests.get(request_id, ()))
+        if request_id in self._requests and not answers:  # its constraint is being compiled
             del self._requests[request_id]
             (request,) = (request for request, _ in self._compiling if request.request_id == request_id)
-            return Output(request_id, (), "", "abort", None, len(request.tokens))
+            return [Output(request_id, (), "", "abort", None, len(request.tokens), index) for index in range(request.params.n)]
         for answer in answers:
             self._scheduler.cancel(answer.seq.seq_id)
-        return [self._finished(answer, "abort") for answer in answers][0]
+        return [self._finished(answer, "abort") for answer in answers]
 
-    def stream(self, request: Request) -> Iterator[Output]:
+    def stream(self, request: Request) -> Generator[Output, None, None]:
         """Add a request and yield its outputs as they come; closing the iterator aborts it.
 
         Other requests advance meanwhile; what they gain is kept for the next ``step``, ``stream`` or ``generate``.
@@ -336,15 +353,7 @@ class Engine:
         Raises:
             RequestError: as ``add``, when the first output is asked for.
         """
-        self.add(request)
-        try:
-            while request.request_id in self._requests or self._undelivered:
-                outputs = self._step_for((request.request_id,))
-                yield from outputs
-                if not outputs and request.request_id not in self._requests:
-                    return  # aborted by somebody else
-        finally:
-            self.abort(request.request_id)
+        return run(self, [request])
 
     def generate(self, requests: Sequence[Request]) -> list[Output]:
         """Run requests to their ends; return one whole output for each answer, in the order given.
@@ -352,21 +361,18 @@ class Engine:
         Raises:
             RequestError: as ``add``; then none of them has run.
         """
-        parts: dict[tuple[str, int], list[Output]] = {}
-        try:
-            for request in requests:
-                self.add(request)
-                parts |= {(request.request_id, index): [] for index in range(request.params.n)}
-            names = {request.request_id for request in requests}
-            while any(name in self._requests for name in names):
-                for output in self._step_for(names):
-                    parts[output.request_id, output.index].append(output)
-        finally:
-            for name, _ in parts:
-                self.abort(name)
-        return [joined(outputs) for outputs in parts.values() if outputs]
+        return collect(self, requests)
 
-    def _step_for(self, request_ids: Collection[str]) -> list[Output]:
+    def leftovers(self) -> list[Output]:
+        """Return the outputs that no call has returned yet, such as those of a step that raised."""
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
+
+    def holds(self, request_id: str) -> bool:
+        """Tell whether a request has not finished yet."""
+        return request_id in self._requests
+
+    def step_for(self, request_ids: Collection[str]) -> list[Output]:
         """Step; return the outputs of these requests and keep the others."""
         outputs = self.step()
         self._undelivered = [output for output in outputs if output.request_id not in request_ids]

@@ -71,7 +71,8 @@ def weights_of(model: Transformer) -> StackWeights:
         native.vector(body.norm.weight),
         native.matrix(body.embed_tokens.weight),
         native.matrix(model.lm_head.weight),
-        [model],
+        # a parameter may get other memory at any time; what is described here stays until it is described again
+        [model, *(parameter.detach() for parameter in model.parameters())],
     )
 
 
@@ -142,6 +143,7 @@ class NativeStack:
     Args:
         weights: of the model.
         store: the latent cache.
+        live: the model that they describe, where it is one in memory whose weights change.
         threads: that work on a step, the caller's among them.
         num_tokens: ids in use; the padding of the vocabulary is never the best.
         variant: of the kernels; None: the best that the processor has.
@@ -151,25 +153,47 @@ class NativeStack:
         ConfigError: the model's heads or latents are larger than the kernels allow.
     """
 
-    def __init__(self, weights: StackWeights, store: LatentStore, *, threads: int, num_tokens: int, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        weights: StackWeights,
+        store: LatentStore,
+        *,
+        threads: int,
+        num_tokens: int,
+        live: Transformer | None = None,
+        variant: str | None = None,
+    ) -> None:
         config = weights.config
         if max(config.qk_nope_head_dim, config.qk_rope_head_dim) > _LARGEST_HEAD or config.kv_lora_rank > _LARGEST_LATENT:
             raise ConfigError(
                 f"native kernels serve heads up to {_LARGEST_HEAD} and latents up to {_LARGEST_LATENT}; this model's are larger"
             )
         self._lib = native.library(variant)
-        self.weights, self.store = weights, store
+        self.weights, self.store, self._live, self._threads = weights, store, live, threads
         self._frequencies = rope_frequencies(config).contiguous()
-        self._layers = (native.Layer * len(weights.layers))(*weights.layers)
-        self._model = _model_of(weights, self._layers, self._frequencies)
         self._cache = native.Cache(store.format, store.entry_bytes, store.num_blocks, 0, store.memory.address)
-        self._handle = self._lib.dsv2_open(ctypes.byref(self._model), threads)
-        if not self._handle:
-            raise MemoryError("the native step could not be set up")
+        self._open(weights)
         self._num_tokens, self._vocab = num_tokens, config.vocab_size
         self._moe_layers, self._chosen = config.num_moe_layers, config.num_experts_per_tok or 0
         self._logits = np.empty((0, config.vocab_size), np.float32)
         self._best, self._best_logit = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def _open(self, weights: StackWeights) -> None:
+        self.weights = weights
+        self._layers = (native.Layer * len(weights.layers))(*weights.layers)
+        self._model = _model_of(weights, self._layers, self._frequencies)
+        self._handle = self._lib.dsv2_open(ctypes.byref(self._model), self._threads)
+        if not self._handle:
+            raise MemoryError("the native step could not be set up")
+
+    def weights_changed(self) -> None:
+        """Find a live model's weights anew where they lie elsewhere now, as after ``load_state_dict(assign=True)``."""
+        if self._live is None:
+            return
+        found = weights_of(self._live)
+        if _places(found) != _places(self.weights):
+            self.close()
+            self._open(found)
 
     def close(self) -> None:
         """Stop the threads and give back the working memory."""
@@ -216,6 +240,11 @@ class NativeStack:
         if code != 0:
             raise ValueError("a step names a token, row or block that does not exist")
         return Answered(self._logits[:rows], self._best[:rows], self._best_logit[:rows], experts)
+
+
+def _places(weights: StackWeights) -> list[bytes]:
+    """Return the descriptions of all weights, addresses included, as bytes that can be compared."""
+    return [bytes(described) for described in (*weights.layers, weights.final_norm, weights.embedding, weights.head)]
 
 
 def _model_of(weights: StackWeights, layers: "ctypes.Array[native.Layer]", frequencies: Tensor) -> native.Model:

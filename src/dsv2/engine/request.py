@@ -1,6 +1,7 @@
 """What is asked of the engine and what it answers: small frozen records, checked when they are made.
 
-Every field is honoured or refused. What depends on the model (context length, vocabulary) is checked by ``Engine.add``.
+Every field is honoured or refused. What depends on the model (context length, vocabulary) is checked by ``require_fit`` when an
+engine is asked.
 """
 
 import json
@@ -92,6 +93,7 @@ class SamplingParams:
         ignore_eos: go on after the end-of-sentence token; the other stops keep working.
         logprobs: None gives none; n gives each token's log-probability and those of the n most probable tokens; at most 20.
         prompt_logprobs: the same for the tokens of the prompt after its first.
+        prompt_logprobs_from: only for those from this position of the prompt on, counted from 0; what lies before may come from the cache.
         n: answers to the prompt, 1 to 8; each draws from a stream of its own, made of the seed and its index.
         constraint: form that the answer must have. It decides where the answer may end, so ``min_tokens`` and ``ignore_eos`` are
             refused beside it.
@@ -117,6 +119,7 @@ class SamplingParams:
     min_tokens: int = 0
     include_stop: bool = False
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
     n: int = 1
     constraint: Constraint | None = None
 
@@ -144,6 +147,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 settle(self, name, _whole(name, value, 0, MAX_LOGPROBS))
+        settle(self, "prompt_logprobs_from", _whole("prompt_logprobs_from", self.prompt_logprobs_from, 0))
+        if self.prompt_logprobs_from and self.prompt_logprobs is None:
+            raise RequestError(
+                f"prompt_logprobs_from = {self.prompt_logprobs_from} without prompt_logprobs", hint="set prompt_logprobs, to 0 at least"
+            )
         settle(self, "n", _whole("n", self.n, 1, MAX_SAMPLES))
         self._check_constraint()
 
@@ -228,7 +236,8 @@ class Output:
         logprobs: one entry per token when the request asked for them, else None.
         prompt_tokens: length of the prompt in tokens.
         index: which of the request's ``n`` answers this is, from 0.
-        prompt_logprobs: one entry per token of the prompt after its first when the request asked for them, else None.
+        prompt_logprobs: one entry per token of the prompt, from its second or ``prompt_logprobs_from`` on, when the request asked for them,
+            else None.
         cached_tokens: tokens of the prompt that were found in the cache.
         experts: ids of the routed experts, [token, MoE layer, chosen expert], when the request asked for them, else None.
         error: what was wrong when ``finish_reason`` is "error", else None.
@@ -245,6 +254,33 @@ class Output:
     cached_tokens: int = 0
     experts: "NDArray[integer[Any]] | None" = field(default=None, compare=False)
     error: str | None = None
+
+
+def require_fit(request: Request, *, max_len: int, num_tokens: int) -> None:
+    """Refuse a request that a model cannot serve.
+
+    Args:
+        request: checked by itself.
+        max_len: most tokens, prompt and answer together.
+        num_tokens: ids that have a token.
+
+    Raises:
+        RequestError: it is longer, or names another id or a place behind its prompt.
+    """
+    name, params, length = request.request_id, request.params, len(request.tokens)
+    if length + params.max_tokens > max_len:
+        raise RequestError(
+            f"request {name!r}: prompt of {length} tokens + max_tokens = {params.max_tokens} exceeds the context of {max_len} tokens",
+            hint="shorten the prompt or lower max_tokens",
+        )
+    if params.prompt_logprobs_from >= length:
+        raise RequestError(
+            f"request {name!r}: prompt_logprobs_from = {params.prompt_logprobs_from} lies behind the prompt of {length} tokens"
+        )
+    biased = [token for token, _ in params.logit_bias]
+    for field_name, ids in (("tokens", request.tokens), ("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        if ids and max(ids) >= num_tokens:
+            raise RequestError(f"request {name!r}: {field_name} holds id {max(ids)}; the tokenizer has ids 0 to {num_tokens - 1}")
 
 
 def _whole(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:

@@ -83,7 +83,7 @@ class Sequence:
         self.rank = (0, 0)  # the lowest is served first and preempted last
         self.keys: list[bytes] = []  # of its full blocks, see blocks.py
         self.num_published = 0  # leading blocks that went through the index
-        self.num_scored = 0  # leading tokens whose logits went out
+        self.num_scored = 0  # leading tokens whose logits went out, or are not wanted (set before it is added)
         self.in_flight = 0  # length of the chunk in the last plan
         self.started = False
 

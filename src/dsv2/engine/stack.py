@@ -30,6 +30,10 @@ class Stack(Protocol):
         """Run some tokens of some sequences."""
         ...
 
+    def weights_changed(self) -> None:
+        """Read the weights from where they lie now."""
+        ...
+
     def close(self) -> None:
         """Give back threads and memory."""
         ...
@@ -58,6 +62,10 @@ class CachePlan:
     def num_bytes(self) -> int:
         """Memory when it is full."""
         return self.num_tokens * self.bytes_per_token
+
+    def __str__(self) -> str:
+        bits = {CacheFormat.F32: "fp32", CacheFormat.BF16: "bf16", CacheFormat.EIGHT: "8 bits", CacheFormat.SIX: "6 bits"}[self.kind]
+        return f"{self.num_tokens:,} tokens in {bits}, {self.num_bytes / 1e9:.3g} GB when full ({self.bytes_per_token:,} bytes a token)"
 
 
 def plan_cache(config: ModelConfig, kind: CacheKind, *, max_batch: int, max_len: int, cache_gb: float | None, fp32: bool) -> CachePlan:
@@ -114,7 +122,7 @@ def open_stack(model: Transformer | StackWeights, plan: CachePlan, *, backend: B
         try:
             library()
             store = LatentStore(model.config, plan.kind, plan.num_blocks)
-            return NativeStack(weights_of(model), store, threads=threads, num_tokens=num_tokens)
+            return NativeStack(weights_of(model), store, threads=threads, num_tokens=num_tokens, live=model)
         except Unavailable:
             if backend == "native":
                 raise

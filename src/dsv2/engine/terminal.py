@@ -5,31 +5,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
-import torch
-
-from dsv2.checkpoint.generation import sampling_defaults
-from dsv2.checkpoint.huggingface import fitting_dtype, load_model
 from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.engine.batch import generate_files
 from dsv2.engine.engine import Engine
-from dsv2.engine.native import StackWeights
+from dsv2.engine.opening import Dtype, open_weights, sampling_of
 from dsv2.engine.request import Output, Request, SamplingParams
-from dsv2.engine.weights import load_packed, packed_scheme
 from dsv2.errors import ConfigError, DataError, Dsv2Error, RequestError
-from dsv2.model.transformer import Transformer
-from dsv2.progress import console
-from dsv2.tokenizer.chat import Template, render, stop_ids
+from dsv2.progress import say
+from dsv2.tokenizer.chat import Template, content_of, render, stop_ids
 from dsv2.tokenizer.recognise import is_ours
 from dsv2.tokenizer.tokenizer import Tokenizer
-
-Dtype = Literal["auto", "fp32", "bf16", "int8"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 HELP = """\
 /help   this list
@@ -41,31 +32,50 @@ Ctrl-C  stop the answer"""
 def generate(
     path: str | Path,
     *,
-    prompt: str,
+    prompt: str | None = None,
+    files: Sequence[str | Path] = (),
+    out: Path | None = None,
     max_tokens: int = 256,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
+    max_batch: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Continue a text on stdout as it is drawn; speeds go to stderr at the end.
+    """Continue a text on stdout as it is drawn, with speeds on stderr at the end; or answer files of prompts.
 
     Args:
         path: a checkpoint folder, a run (its latest checkpoint) or a tour (that of its pre-training).
         prompt: the text; "-" reads it from stdin, without its last newline.
+        files: of prompts instead; see ``batch.generate_files``.
+        out: where their answers go.
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
         temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``; None: as generation_config.json says.
         dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
+        max_batch: answers written at once, of files; None: 8.
         as_json: print one JSON object at the end instead of the text as it comes.
 
     Raises:
         CheckpointError: no checkpoint is there.
+        ConfigError: there is neither a prompt nor files, or what goes with the one is given to the other.
+        DataError: a line of a file cannot be used.
         RequestError: a parameter is out of range, or the prompt fills the context.
     """
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    if files:
+        if out is None or prompt is not None or as_json:
+            hint = "dsv2 generate PATH FILE... --out ANSWERS.jsonl"
+            raise ConfigError("files of prompts need --out, and neither --prompt nor --json goes with them", hint=hint)
+        generate_files(path, files, out, sampling=sampling, dtype=dtype, max_batch=8 if max_batch is None else max_batch)
+        return
+    if prompt is None:
+        raise ConfigError("there is neither --prompt nor a file of prompts", hint="dsv2 generate PATH --prompt TEXT")
+    if out is not None or max_batch is not None:
+        raise ConfigError("--out and --max-batch go with files of prompts; there are none", hint="dsv2 generate --help")
     folder = latest_checkpoint(path)
-    params = _sampling(folder, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    params = sampling_of(folder, sampling)
     engine = open_engine(folder, dtype)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
@@ -74,13 +84,13 @@ def generate(
             f"the prompt takes {len(tokens)} tokens; the context holds {engine.max_len}, one of them new", hint="shorten the prompt"
         )
     if room < max_tokens:
-        _say(f"the context of {engine.max_len} tokens leaves room for {room} new ones, not {max_tokens}")
+        say(f"the context of {engine.max_len} tokens leaves room for {room} new ones, not {max_tokens}")
     request = Request("generate", tuple(tokens), replace(params, max_tokens=min(max_tokens, room)))
     answer = write_answer(engine, request, (lambda text: None) if as_json else _write)
     if as_json:
         _write(json.dumps(answer.as_dict() | {"cache_bytes_per_token": engine.cache_bytes_per_token}, ensure_ascii=False))
     _write("\n")
-    _say(f"{answer.speeds()}; cache {engine.cache_bytes_per_token} bytes a token")
+    say(answer.speeds())
 
 
 def chat(
@@ -115,57 +125,35 @@ def chat(
         RequestError: a parameter is out of range.
     """
     folder = latest_checkpoint(path)
-    params = _sampling(folder, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    params = sampling_of(folder, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
     engine = open_engine(folder, dtype)
     conversation = Conversation(engine, params, system=system, template=template)
     own = engine.tokenizer.published_template
     if template is None and own is not None and not is_ours(own):
-        _say(f"the folder's chat template is not one of ours word for word; it is read as {engine.tokenizer.template}, --template chooses")
+        say(f"the folder's chat template is not one of ours word for word; it is read as {engine.tokenizer.template}, --template chooses")
     if sys.stdin.isatty():
-        _say("/help lists what you can type")
+        say("/help lists what you can type")
     for line in _lines():
         command = line.strip()
         if command == "/exit":
             break
         if command == "/reset":
             conversation.reset()
-            _say("the conversation is forgotten")
+            say("the conversation is forgotten")
         elif command.startswith("/") and command[1:].isalpha():
-            _say(HELP if command == "/help" else f"unknown command {command}\n{HELP}")
+            say(HELP if command == "/help" else f"unknown command {command}\n{HELP}")
         elif command:
             try:
                 conversation.ask(line)
             except Dsv2Error as error:
-                _say(f"error: {error}")
+                say(f"error: {error}")
 
 
-def _sampling(folder: Path, **given: float | int | None) -> SamplingParams:
-    """Take what is given, then what the folder's generation_config.json says, then the defaults; say what the file decided."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    suggested = {name: value for name, value in sampling_defaults(folder).items() if name not in chosen}
-    if suggested:
-        _say(", ".join(f"{name} {value:g}" for name, value in suggested.items()) + " (generation_config.json)")
-    return SamplingParams(**(suggested | chosen))
-
-
-def open_engine(path: str | Path, dtype: Dtype = "auto") -> Engine:
-    """Load the model and tokenizer of a checkpoint, a run or a tour, for one request at a time."""
-    folder = latest_checkpoint(path)
-    return Engine(open_weights(folder, dtype), Tokenizer.load(folder), max_batch=1)
-
-
-def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeights:
-    """Load a model folder for the engine: a packed one as it is, any other in ``dtype``."""
-    if packed_scheme(folder) is not None:
-        if dtype != "auto":
-            raise ConfigError(
-                f"{folder} is packed; --dtype = {dtype} cannot change its weights", hint="pack the model again: dsv2 quantize"
-            )
-        return load_packed(folder)
-    chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]
-    if dtype == "auto" and chosen == torch.int8:
-        _say("the model is held in int8, computed by torch: it fits in no wider dtype; dsv2 quantize makes a packed one, which is faster")
-    return load_model(folder, dtype=chosen)
+def open_engine(folder: Path, dtype: Dtype = "auto") -> Engine:
+    """Load a checkpoint's model and tokenizer for one request at a time, and say what its cache takes."""
+    engine = Engine(open_weights(folder, dtype), Tokenizer.load(folder), max_batch=1)
+    say(f"cache: {engine.cache}")
+    return engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +247,8 @@ class Conversation:
             answer = write_answer(self.engine, Request(f"turn-{self.num_asked}", tuple(tokens), params), _write, stop)
         _write("\n")
         if answer.finish_reason != "stop":
-            _say("(stopped)" if answer.finish_reason == "abort" else f"(cut after {params.max_tokens} tokens)")
-        # In V2 the model writes the blank after "Assistant:" itself, and the template puts it there for an earlier turn.
-        said = answer.text.removeprefix(" ") if self.template == "v2" else answer.text
-        self.turns = [*turns, {"role": "assistant", "content": said}]
+            say("(stopped)" if answer.finish_reason == "abort" else f"(cut after {params.max_tokens} tokens)")
+        self.turns = [*turns, {"role": "assistant", "content": content_of(self.template, answer.text)}]
         return answer
 
     def _fitted(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
@@ -276,7 +262,7 @@ class Conversation:
         if len(tokens) >= context:
             raise RequestError(f"the message takes {len(tokens)} tokens; the context holds {context}", hint="send a shorter one")
         if len(kept) < len(turns):
-            _say(f"(the context of {context} tokens is full: the oldest {len(turns) - len(kept)} turns are left out from now on)")
+            say(f"(the context of {context} tokens is full: the oldest {len(turns) - len(kept)} turns are left out from now on)")
         return kept, tokens
 
 
@@ -315,10 +301,10 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not typed:
                 raise
-            _say("\n/exit or Ctrl-D leaves")
+            say("\n/exit or Ctrl-D leaves")
             continue
         except EOFError:
-            _say("")
+            say("")
             return
         if not typed and not line:
             return
@@ -339,8 +325,3 @@ def _decoded(data: bytes) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-    """Print a message to stderr as it is, without markup."""
-    console().print(text, markup=False, highlight=False, soft_wrap=True, style="dim")

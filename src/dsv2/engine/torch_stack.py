@@ -39,6 +39,9 @@ class TorchStack:
         """Give the cache back."""
         self._entries = self._entries[:0]
 
+    def weights_changed(self) -> None:
+        """Nothing to do: every step asks the model."""
+
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece], *, want_experts: bool = False) -> Answered:
         """Run all pieces through the model; see ``NativeStack.step``."""

@@ -164,6 +164,11 @@ def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
     return (tokenizer.eos_id,)
 
 
+def content_of(template: Template | None, text: str) -> str:
+    """Return an answer's content for the conversation: in V2 the model writes the blank behind "Assistant:" itself, and ``render`` too."""
+    return text.removeprefix(" ") if template == "v2" else text
+
+
 def chat_template(template: Template) -> str:
     """Return the Jinja text for tokenizer_config.json; it renders what ``render`` does, for messages that spell no marker.
 
