@@ -104,7 +104,7 @@ def _leftovers(folder: Path, names: str) -> Iterator[Path]:
     ours = re.compile(rf"\.(?:{names})\.[^.]+\.tmp")
     for entry in folder.iterdir():
         if ours.fullmatch(entry.name) and not entry.is_symlink():
-            with suppress(OSError), _locked(entry):
+            with suppress(OSError), locked(entry):
                 yield entry
 
 
@@ -123,7 +123,7 @@ def sole_use(folder: Path) -> Iterator[None]:
         for path in reversed(missing):  # the innermost goes first
             stack.callback(_remove_if_empty, path)
         try:
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         except OSError as error:  # one that only says that the file system has no locks does not stop the block
             if isinstance(error, BlockingIOError):
                 raise ConfigError(f"another process works in {folder}", hint="wait for it to end, or choose another --out") from error
@@ -136,7 +136,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder for this process alone.
 
     Raises:
@@ -181,7 +181,7 @@ def atomic_file(path: Path, *, clear: bool = True) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         try:
-            with _locked(temporary):
+            with locked(temporary):
                 yield temporary
             _sync(temporary)
             temporary.chmod(0o644)
@@ -219,7 +219,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         clear_leftovers(path.parent, re.escape(path.name))
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
-            with _locked(temporary):
+            with locked(temporary):
                 yield temporary
                 for entry in temporary.rglob("*"):
                     _sync(entry)
