@@ -58,7 +58,8 @@ struct Worker {
 
 class Pool {
   public:
-    explicit Pool(int threads) : size(threads), counters(MAX_LOOPS) {
+    // most_loops: parallel loops of a job, at most.
+    Pool(int threads, int most_loops) : size(threads), counters(most_loops) {
         for (int i = 1; i < threads; i++) others.emplace_back([this, i] { serve(i); });
     }
     ~Pool() {
@@ -80,7 +81,6 @@ class Pool {
 
   private:
     friend struct Worker;
-    static constexpr int MAX_LOOPS = 4096;
     void serve(int index) {
         uint32_t seen = 0;
         for (;;) {
@@ -112,8 +112,7 @@ inline void Worker::barrier() {
 }
 
 template <class F> void Worker::share(int64_t count, int64_t grain, F body) {
-    // the loops of a step are few; in a model of more than some hundred layers counters are used again, long after
-    auto& counter = pool->counters[loops++ % Pool::MAX_LOOPS];
+    auto& counter = pool->counters[loops++];
     for (;;) {
         const int64_t from = counter.fetch_add(grain), to = from + grain < count ? from + grain : count;
         if (from >= count) return;

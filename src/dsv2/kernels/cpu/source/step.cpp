@@ -39,7 +39,9 @@ static bool any_type(const Model& m, bool (*test)(const Matrix&)) {
     return false;
 }
 
-Stack::Stack(const Model& model, int threads) : m(model), pool(threads) {
+constexpr int MOST_LOOPS = 32;  // parallel loops of a layer, at most; there are some twenty
+
+Stack::Stack(const Model& model, int threads) : m(model), pool(threads, MOST_LOOPS * (model.layers + 1)) {
     narrow = any_type(m, [](const Matrix& w) { return w.type == BF16; });
     quantised = any_type(m, [](const Matrix& w) { return is_quantised(w); });
     for (int i = 0; i < threads; i++) own.push_back(std::make_unique<Private>());
