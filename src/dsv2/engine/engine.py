@@ -306,7 +306,7 @@ class Engine:
         costs = self._scheduler.costs
         per_step = [costs.base / running + costs.row * (1 + drafted) for drafted in range(MOST_DRAFTED + 1)]
         for answer in self._answers.values():
-            if answer.num_new:
+            if answer.num_new and len(answer.seq.tokens) - answer.seq.num_computed == 1:  # not while it is computed a second time
                 answer.seq.draft = answer.draft(per_step)
 
     def _dropped(self, answers: Sequence[Answer], failure: NotFinite) -> CheckpointError:
