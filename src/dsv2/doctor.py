@@ -20,6 +20,7 @@ def run() -> None:
         ("dsv2", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *_torch(),
+        *_kernels(),
         *_machine(),
         *_extras(),
         *_environment(),
@@ -38,6 +39,26 @@ def _torch() -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, CPU kernels for {torch.backends.cpu.get_cpu_capability()}"
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield "accelerators", ", ".join(devices) or "none"
+
+
+def _kernels() -> Iterator[tuple[str, str]]:
+    """Say which kernels the engine runs on and why; they are compiled now if they never were."""
+    try:
+        from dsv2.kernels.cpu.build import VARIANTS, Unavailable, cpu_features, plan
+        from dsv2.kernels.cpu.library import library
+    except ImportError as error:
+        yield "kernels", f"none: {error}"
+        return
+    try:
+        build = plan()
+        library()
+    except Unavailable as reason:
+        yield "kernels", f"torch's: {reason.message}{f'; {reason.hint}' if reason.hint else ''}"
+        return
+    better = list(VARIANTS)[: list(VARIANTS).index(build.variant)]
+    lacking = [f"{name} needs {', '.join(sorted(VARIANTS[name][0] - cpu_features()))}" for name in better]
+    why = "DSV2_CPU" if os.environ.get("DSV2_CPU") else "; ".join(["the best for this processor", *lacking])
+    yield "kernels", f"native, {build.variant} ({why}), compiled by {build.compiler}: {build.file}"
 
 
 def _machine() -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ import errno
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 from dsv2 import __version__
 from dsv2.cli import VERBS, Call, main, parse
 from dsv2.errors import DataError
+from dsv2.kernels.cpu.library import library
 
 Stage = Callable[..., Any]
 
@@ -239,3 +241,26 @@ def test_doctor_reports_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "threads" in facts["torch"]
     assert facts["DSV2_DATA"].endswith("nowhere (no such folder)")
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"DSV2_CPU": "plain"}, "native, plain (DSV2_CPU), compiled by "),
+        ({"DSV2_CPU": "torch"}, "torch's: DSV2_CPU = torch"),
+        ({"DSV2_CPU": "mmx"}, "torch's: DSV2_CPU = 'mmx' is not one of: "),
+        ({"CXX": "/nowhere/c++"}, "torch's: /nowhere/c++ does not run"),
+    ],
+)
+def test_doctor_says_which_kernels_run_and_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    library.cache_clear()
+    assert main(["doctor"]) == 0
+    library.cache_clear()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels ")]
+    if "native" in says and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    assert line.partition("  ")[2].strip().startswith(says)

@@ -1,13 +1,14 @@
 """The engine on a real model: batched = alone, in any order, joining at any time; prefixes, preemption and drafts change no text."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv2.engine.answer import Answer
 from dsv2.engine.engine import Engine
 from dsv2.engine.pieces import pieces_of
 from dsv2.engine.request import Output, Request, SamplingParams
@@ -140,6 +141,31 @@ def test_prefixes_preemption_drafts_and_batches_change_no_text(long_model: Trans
             again = engine.generate(requests)
             assert [output.tokens for output in again] == alone
             assert engine.cache.num_blocks < 20 or [output.cached_tokens for output in again] == [576, 256, 320, 64, 64, 384, 512]
+
+
+def test_nothing_is_guessed_for_an_answer_that_lost_its_blocks(
+    long_model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its known tokens are computed again first; guesses made meanwhile would be compared with logits of others."""
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    patient = [Request("a", LONG[:80], params), Request("b", LONG[100:190], params)]
+    urgent = Request("urgent", LONG[:500], SamplingParams(seed=1, max_tokens=30, ignore_eos=True), priority=1)
+    requests = [*patient, urgent]
+    alone = {request.request_id: texts(Engine(long_model, tokenizer, speculate=False), [request])[0] for request in requests}
+    monkeypatch.setattr(Answer, "draft", lambda answer, costs: alone[answer.request.request_id][answer.num_new :][:2])  # right guesses
+    gb = (640 + 1) * long_model.config.num_hidden_layers * 32 * 4 / 1e9
+    engine = Engine(long_model, tokenizer, max_batch=3, cache_gb=gb, reuse=False)
+    for request in patient:
+        engine.add(request)
+    found: dict[str, tuple[int, ...]] = {request.request_id: () for request in requests}
+    for step in count():
+        if step == 20:
+            engine.add(urgent)  # both give up their blocks, and start together again
+        for output in engine.step():
+            found[output.request_id] += output.tokens
+        if not engine.has_work:
+            break
+    assert found == alone
 
 
 def test_several_answers_to_one_prompt_share_it(long_model: Transformer, tokenizer: Tokenizer) -> None:

@@ -193,3 +193,11 @@ def test_spans_are_merged(small_config: Any) -> None:
     absorbed = native(model, blocks=24)
     found = torch.tensor(absorbed.step([Piece(tokens, 0, blocks, False, range(1300))]).logits)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
+
+
+def test_any_number_of_layers(small_config: Any) -> None:
+    """Every parallel loop of a step has a counter of its own, in however many layers."""
+    model = lively(small_config(num_hidden_layers=500, hidden_size=16, intermediate_size=16, **SHAPES["dense"]))
+    tokens = tokens_of(model.config, 20)
+    found = run(native(model), tokens, [], lambda start: False)
+    torch.testing.assert_close(found, whole(model, tokens), rtol=1e-3, atol=1e-3)

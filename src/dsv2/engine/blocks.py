@@ -238,6 +238,14 @@ class BlockPool:
         if self._tier is not None:
             self._tier.clear()
 
+    def save(self) -> None:
+        """Give the tier a copy of all published content, since the cache is about to go. What is used most goes last."""
+        if self._tier is None:
+            return
+        held = [block for block in reversed(self._index.values()) if self._refs[block]]  # ends before beginnings, as in ``_idle``
+        for block in (*self._idle, *held):
+            self._tier.store(self._keys[block], block)
+
     def check(self, tables: Iterable[Ordered[int]] | None = None) -> None:
         """Audit everything.
 

@@ -47,6 +47,12 @@ class LatentStore:
         self.num_layers = config.num_hidden_layers
         self.memory = HugeMemory(self.num_layers * num_blocks * BLOCK_LEN * self.entry_bytes + _SLACK)
 
+    def views(self, block: int) -> list[memoryview]:
+        """Return a block's memory, layer by layer, writable."""
+        size, memory = BLOCK_LEN * self.entry_bytes, self.memory.view()
+        starts = [(layer * self.num_blocks + block) * size for layer in range(self.num_layers)]
+        return [memory[start : start + size] for start in starts]
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes over all layers."""

@@ -6,11 +6,13 @@ A step is one call of the layer stack over the chunks that the scheduler chose: 
 written, and pieces of prompts. The caller's thread does all the work; nothing runs between steps.
 """
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import count
 from math import inf
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
 from dsv2.engine.sequence import Sequence as Row
-from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, plan_cache
+from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, open_tier, plan_cache
 from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -56,6 +58,11 @@ class Engine:
         threads: that work on a step; None: as torch is set.
         backend: "native", "torch", or "auto": native where it can run.
         reuse: share cached prefixes between requests of equal ``cache_salt``.
+        disk_cache: folder that takes what leaves the cache, and at ``close`` all that is in it, to be found again; engines may share it.
+            None: what leaves is forgotten.
+        disk_cache_gb: most that lies there, 1e9 bytes.
+        weights_id: names the model's weights (``checkpoint.identity.weights_id`` of their folder), so that a later engine finds what lies
+            there; a packed model knows its own. None: it serves this engine alone and is removed at ``close``.
         speculate: verify guesses from the text so far, while that pays.
         max_step_s: seconds that a step may take while answers are being written; prompts are cut to fit.
 
@@ -76,6 +83,9 @@ class Engine:
         threads: int | None = None,
         backend: Backend = "auto",
         reuse: bool = True,
+        disk_cache: Path | None = None,
+        disk_cache_gb: float = 10.0,
+        weights_id: str | None = None,
         speculate: bool = True,
         max_step_s: float = 0.25,
     ) -> None:
@@ -99,7 +109,8 @@ class Engine:
             )
         self.max_len = min(asked, self.cache.num_tokens)
         self._stack: Stack = open_stack(model, self.cache, backend=backend, threads=threads, num_tokens=tokenizer.num_tokens)
-        pool = BlockPool(self.cache.num_blocks, reuse=reuse)
+        self._tier = open_tier(disk_cache, disk_cache_gb, model, self.cache, self._stack, weights_id=weights_id, reuse=reuse)
+        pool = BlockPool(self.cache.num_blocks, reuse=reuse, tier=self._tier)
         self._scheduler = Scheduler(pool, max_sequences=max_batch, max_step_s=max_step_s)
         self._speculate = speculate
         self.on_compiled: Callable[[], object] = lambda: None  # called from another thread when a constraint is ready
@@ -108,6 +119,7 @@ class Engine:
         self._answers: dict[int, Answer] = {}  # by sequence
         self._compiling: deque[tuple[Request, Compilation]] = deque()
         self._numbers = count()
+        self._nonce = secrets.token_hex(8)  # numbers begin anew in each engine, and a disk outlives them
         self._undelivered: list[Output] = []  # of other requests, made while one was streamed
 
     @property
@@ -128,7 +140,9 @@ class Engine:
         return self.cache.bytes_per_token
 
     def close(self) -> None:
-        """Give back threads and cache; the engine is of no use afterwards."""
+        """Give back threads and cache, to the disk if there is a place for it; the engine is of no use afterwards."""
+        if self._tier is not None:
+            self._tier.close(self._scheduler.pool.save)
         self._stack.close()
 
     def weights_changed(self) -> None:
@@ -168,7 +182,7 @@ class Engine:
         for index in range(params.n):
             number = next(self._numbers)
             # what is recorded of every token must be computed: a prefix of somebody else's would leave it out
-            salt = f"recorded {number}" if request.record_experts else f"shared {request.cache_salt}"
+            salt = f"recorded {self._nonce} {number}" if request.record_experts else f"shared {request.cache_salt}"
             row = Row(
                 number, list(request.tokens), len(request.tokens) + params.max_tokens, salt=salt, priority=request.priority,
                 deadline=deadline, all_logits=recorded,
@@ -307,7 +321,7 @@ class Engine:
         costs = self._scheduler.costs
         per_step = [costs.base / running + costs.row * (1 + drafted) for drafted in range(MOST_DRAFTED + 1)]
         for answer in self._answers.values():
-            if answer.num_new:
+            if answer.num_new and len(answer.seq.tokens) - answer.seq.num_computed == 1:  # not while it is computed a second time
                 answer.seq.draft = answer.draft(per_step)
 
     def _dropped(self, answers: Sequence[Answer], failure: NotFinite) -> Dropped:

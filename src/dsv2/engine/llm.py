@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 from dsv2.checkpoint.generation import sampling_defaults
+from dsv2.checkpoint.identity import weights_id
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.engine import Engine
 from dsv2.engine.gather import collect
@@ -36,7 +37,8 @@ class LLM:
             read where it lies: after its weights were changed, call ``weights_changed``.
         tokenizer: of a model in memory; None: the folder's.
         dtype: of a folder's weights in memory: "fp32", "bf16", "int8"; "auto": the first of these that fits, a packed folder as it is.
-        settings: of ``Engine``: max_batch, max_len, cache, cache_gb, threads, backend, reuse, speculate, max_step_s.
+        settings: of ``Engine``: max_batch, max_len, cache, cache_gb, threads, backend, reuse, speculate, max_step_s,
+            disk_cache, disk_cache_gb, weights_id (of a folder: its own).
 
     Raises:
         CheckpointError: there is no whole model, or it does not fit into memory.
@@ -63,6 +65,7 @@ class LLM:
             tokenizer = tokenizer or Tokenizer.load(folder)
             self.default_params = SamplingParams(**sampling_defaults(folder))
             model = open_weights(folder, dtype)
+            settings.setdefault("weights_id", weights_id(folder))
         elif dtype != "auto":
             raise ConfigError(f"dtype = {dtype!r} beside a model in memory, whose weights stay as they are", hint="leave dtype out")
         if tokenizer is None:

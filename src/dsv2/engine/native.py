@@ -8,6 +8,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class StackWeights:
         embedding: rows of the vocabulary.
         head: rows of the vocabulary.
         owners: whatever keeps the memory alive that the structures point to.
+        weights_id: of the folder that they come from; None: they may change.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class StackWeights:
     embedding: native.Matrix
     head: native.Matrix
     owners: list[object] = field(default_factory=list)
+    weights_id: str | None = None
 
 
 def weights_of(model: Transformer) -> StackWeights:
@@ -204,6 +207,15 @@ class NativeStack:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self.close()
+
+    @property
+    def kernels(self) -> str:
+        """Which code computes here: variant, compiler, flags and sources by their hash."""
+        return Path(self._lib._name).stem
+
+    def views(self, block: int) -> list[memoryview]:
+        """Return a block's latents, layer by layer, writable."""
+        return self.store.views(block)
 
     def step(self, pieces: Sequence[Piece], *, want_experts: bool = False) -> Answered:
         """Run all pieces through the stack; their latents are in the cache afterwards.

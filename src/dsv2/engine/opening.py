@@ -30,6 +30,9 @@ class EngineSettings(TypedDict, total=False):
     threads: int | None
     backend: Backend
     reuse: bool
+    disk_cache: Path | None
+    disk_cache_gb: float
+    weights_id: str | None
     speculate: bool
     max_step_s: float
 

@@ -1,7 +1,9 @@
 """Choosing what runs the layer stack, how large its cache is and in how many bits: decided here, shown as a plan."""
 
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from dsv2.engine.blocks import BLOCK_LEN, blocks_for
 from dsv2.engine.cache import NAMES, LatentStore, entry_bytes
 from dsv2.engine.native import Answered, NativeStack, Piece, StackWeights, serves, weights_of
+from dsv2.engine.tier import DiskTier, fingerprint
 from dsv2.engine.torch_stack import TorchStack
 from dsv2.errors import ConfigError
 from dsv2.kernels.cpu.build import Unavailable
@@ -32,6 +35,15 @@ class Stack(Protocol):
 
     def weights_changed(self) -> None:
         """Read the weights from where they lie now."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """Which code computes, told apart wherever its results could differ."""
+        ...
+
+    def views(self, block: int) -> list[memoryview]:
+        """Return a block's latents, layer by layer, writable."""
         ...
 
     def close(self) -> None:
@@ -127,6 +139,38 @@ def open_stack(model: Transformer | StackWeights, plan: CachePlan, *, backend: B
             if backend == "native":
                 raise
     return TorchStack(model, plan.kind, plan.num_blocks, num_tokens=num_tokens)
+
+
+def open_tier(
+    folder: Path | None, gb: float, model: Transformer | StackWeights, plan: CachePlan, stack: Stack, *, weights_id: str | None, reuse: bool
+) -> DiskTier | None:
+    """Return a disk tier for a stack's cache, None where no folder is given.
+
+    Args:
+        folder: of its files.
+        gb: most that lies there, 1e9 bytes.
+        model: that the stack runs.
+        plan: of its cache.
+        stack: what computes the latents, and holds them.
+        weights_id: of the model's weights; None: a packed model's own, else none.
+        reuse: as the engine's.
+
+    Raises:
+        ConfigError: the tier would never be read, the folder cannot be made, too few bytes, or the latents are not in the CPU's memory.
+    """
+    if folder is None:
+        return None
+    if not reuse:
+        raise ConfigError(f"disk_cache = {folder} would never be read with reuse = False", hint="leave one of them out")
+    if not 0 < gb < math.inf:
+        raise ConfigError(f"disk_cache_gb = {gb} is not a finite number > 0")
+    dtypes = []
+    if isinstance(model, StackWeights):
+        weights_id = weights_id or model.weights_id
+    else:
+        dtypes = [f"{name} {value.dtype}" for name, value in model.state_dict().items()]
+    made_by = weights_id and fingerprint(model.config, weights_id, dtypes, stack.kernels, plan.kind.name, plan.bytes_per_token)
+    return DiskTier(Path(folder), int(gb * 1e9), stack.views, made_by)
 
 
 def is_fp32(model: Transformer | StackWeights) -> bool:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsv2.engine.native import Answered, Piece
+from dsv2.errors import ConfigError
 from dsv2.kernels.cpu.library import BLOCK_LEN, CacheFormat
 from dsv2.kernels.formats import round_latent_6, round_latent_8
 from dsv2.model.transformer import ModelOutput, Transformer
@@ -41,6 +42,22 @@ class TorchStack:
 
     def weights_changed(self) -> None:
         """Nothing to do: every step asks the model."""
+
+    @property
+    def kernels(self) -> str:
+        """Which code computes here."""
+        return f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+    def views(self, block: int) -> list[memoryview]:
+        """Return a block's latents, layer by layer, writable.
+
+        Raises:
+            ConfigError: they are not in the CPU's memory.
+        """
+        if self._device.type != "cpu":
+            raise ConfigError(f"latents on {self._device} cannot be kept on disk", hint="leave disk_cache out")
+        layers = self._entries[:, block * BLOCK_LEN : (block + 1) * BLOCK_LEN].view(torch.uint8).numpy()
+        return [layer.reshape(-1).data for layer in layers]
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece], *, want_experts: bool = False) -> Answered:

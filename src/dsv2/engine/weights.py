@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dsv2.checkpoint.folder import read_json
+from dsv2.checkpoint.identity import weights_id
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
 from dsv2.checkpoint.shard import TensorEntry, read_header
 from dsv2.engine.layout import FILE, METHOD, SCHEMES, Scheme, Slot, expert_stride, slots
@@ -70,7 +71,9 @@ def load_packed(folder: Path, *, placement: Placement | None = None, check: bool
         free = available_memory()
         placement = "memory" if free is None or size + _HEADROOM <= free else "mapped"
     place = _Arena(entries, folder / FILE) if placement == "memory" else _Mapped(folder / FILE)
-    return _described(config, wanted, entries, place)
+    weights = _described(config, wanted, entries, place)
+    weights.weights_id = weights_id(folder)
+    return weights
 
 
 def _require_same(file: Path, entries: dict[str, TensorEntry], wanted: list[Slot]) -> None:

@@ -85,13 +85,21 @@ def from_tiles(
 
 
 def quantize_fp8(weight: Float[Tensor, "rows cols"]) -> tuple[Tensor, Float32[Tensor, "row_blocks col_blocks"]]:
-    """Return E4M3 values (torch.float8_e4m3fn) and one scale per 128 x 128 block: weight = value * scale, the largest of a block at 448."""
+    """Return E4M3 values and one scale per 128 x 128 block, as DeepSeek publishes them (weight and weight_scale_inv).
+
+    weight = value * scale; the largest magnitude of a block at 448, a block of zeros with scale 1.
+
+    Returns:
+        Values (torch.float8_e4m3fn) [rows, cols]; scales.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
     rows, cols = weight.shape
     blocks = F.pad(weight.float(), (0, -cols % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = blocks.view(-(-rows // FP8_BLOCK), FP8_BLOCK, -(-cols // FP8_BLOCK), FP8_BLOCK)
-    largest = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / FP8_LARGEST)
-    values = (blocks / scale).reshape(blocks.shape[0] * FP8_BLOCK, -1)[:rows, :cols]
+    blocks = blocks.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))  # [row block, row, column block, column]
+    scale = _fp8_scale(blocks.abs().amax(dim=(1, 3), keepdim=True))
+    values = (blocks / scale).flatten(2).flatten(0, 1)[:rows, :cols]
     return values.contiguous().to(torch.float8_e4m3fn), scale[:, 0, :, 0]
 
 
@@ -99,6 +107,30 @@ def dequantize_fp8(values: Tensor, scales: Float32[Tensor, "row_blocks col_block
     """Return value * scale of its block."""
     rows, cols = values.shape
     return values.float() * scales.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :cols]
+
+
+def quantize_fp8_rows(x: Float[Tensor, "*tokens cols"]) -> tuple[Tensor, Float32[Tensor, "*tokens col_blocks"]]:
+    """Return activations in E4M3 with one scale per token and 128 columns, otherwise as ``quantize_fp8``.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    cols = x.shape[-1]
+    groups = F.pad(x.float(), (0, -cols % FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
+    scale = _fp8_scale(groups.abs().amax(dim=-1, keepdim=True))
+    return (groups / scale).flatten(-2)[..., :cols].to(torch.float8_e4m3fn), scale.squeeze(-1)
+
+
+def dequantize_fp8_rows(values: Tensor, scales: Float32[Tensor, "*tokens col_blocks"]) -> Float32[Tensor, "*tokens cols"]:
+    """Return value * scale of its token and columns."""
+    return values.float() * scales.repeat_interleave(FP8_BLOCK, -1)[..., : values.shape[-1]]
+
+
+def _fp8_scale(largest: Tensor) -> Tensor:
+    """The scale that puts a magnitude at 448; not so small that dividing by it loses bits."""
+    if not torch.isfinite(largest).all():  # a NaN comes out as one
+        raise ValueError("a value is not finite")
+    return torch.where(largest == 0, 1.0, (largest / FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def round_latent_8(latent: Float[Tensor, "*tokens latent"]) -> Float32[Tensor, "*tokens latent"]:

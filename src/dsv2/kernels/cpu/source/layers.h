@@ -115,40 +115,43 @@ INLINE uint16_t narrow(float x) {
 }
 constexpr int GROUP_8 = 64, GROUP_6 = 32;
 
+// An entry of 8 or 6 bits may have an odd number of bytes, so a scale may lie at any address.
+INLINE void put_half(uint8_t* at, uint16_t h) { std::memcpy(at, &h, 2); }
+
 static void encode(const Cache& cache, uint8_t* entry, const float* latent, int size, const float* key, int rope) {
     if (cache.format == CACHE_F32) {
         std::memcpy(entry, latent, size * 4);
         std::memcpy(entry + size * 4, key, rope * 4);
         return;
     }
-    uint16_t* tail;
+    uint8_t* tail;
     if (cache.format == CACHE_BF16) {
         for (int i = 0; i < size; i++) ((uint16_t*)entry)[i] = narrow(latent[i]);
-        tail = (uint16_t*)entry + size;
+        tail = entry + size * 2;
     } else if (cache.format == CACHE_8) {
         const int groups = (size + GROUP_8 - 1) / GROUP_8;
-        uint16_t* scales = (uint16_t*)(entry + size);
+        uint8_t* scales = entry + size;
         for (int g = 0; g < groups; g++) {
             const int from = g * GROUP_8, to = std::min(size, from + GROUP_8);
             float largest = 0;
             for (int i = from; i < to; i++) largest = std::max(largest, std::fabs(latent[i]));
             uint16_t code = narrow(largest / 127.0f);
             if (widen(code) * 127.0f < largest) code++;  // rounded up, so that no value leaves the range
-            scales[g] = code;
+            put_half(scales + 2 * g, code);
             const float inverse = largest > 0 ? 1.0f / widen(code) : 0.0f;
             for (int i = from; i < to; i++) ((int8_t*)entry)[i] = (int8_t)std::nearbyint(latent[i] * inverse);
         }
-        tail = scales + groups;
+        tail = scales + 2 * groups;
     } else {
         const int groups = size / GROUP_6;
-        uint16_t* scales = (uint16_t*)(entry + size / 2);
-        uint8_t* zeros = (uint8_t*)(scales + groups);
+        uint8_t *scales = entry + size / 2, *zeros = scales + 2 * groups;
         for (int g = 0; g < groups; g++) {
             const float* x = latent + g * GROUP_6;
             const float low = std::min(0.0f, *std::min_element(x, x + GROUP_6)), high = std::max(0.0f, *std::max_element(x, x + GROUP_6));
             // zero in sixteenths of a step; value = scale * (code - zero / 16)
-            scales[g] = to_half((high - low) / 15.0f);
-            const float scale = from_half(scales[g]), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+            const uint16_t code_of_scale = to_half((high - low) / 15.0f);
+            put_half(scales + 2 * g, code_of_scale);
+            const float scale = from_half(code_of_scale), inverse = scale > 0 ? 1.0f / scale : 0.0f;
             const float zero = std::min(255.0f, std::nearbyint(-low * inverse * 16.0f));
             zeros[g] = (uint8_t)zero;
             for (int i = 0; i < GROUP_6; i += 2) {
@@ -157,9 +160,9 @@ static void encode(const Cache& cache, uint8_t* entry, const float* latent, int 
                 entry[(g * GROUP_6 + i) / 2] = (uint8_t)(code[0] | code[1] << 4);
             }
         }
-        tail = (uint16_t*)(zeros + groups);
+        tail = zeros + groups;
     }
-    for (int i = 0; i < rope; i++) { const uint16_t h = narrow(key[i]); std::memcpy((uint8_t*)tail + 2 * i, &h, 2); }
+    for (int i = 0; i < rope; i++) put_half(tail + 2 * i, narrow(key[i]));
 }
 
 // Widen or copy the first `count` entries of a block into rows of `width` numbers: the latent, then the key from `key_at` on.
