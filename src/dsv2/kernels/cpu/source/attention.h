@@ -1,7 +1,8 @@
 // Attention over a paged latent cache, in both readings (section 2.1, appendix C).
 //
-// Absorbed: sixteen (token, head) rows share each cached entry, which is key and value at once. Keys are taken in spans of 512; each span
-// gives a partial result with its own maximum and sum, and spans are merged in order, so it makes no difference which thread computed which.
+// Absorbed: sixteen (token, head) rows share each cached entry, which is key and value at once. Keys are taken in spans of 128; each span
+// gives a partial result with its own maximum and sum. The four spans of a run are merged in order, and then the runs, so it makes no difference
+// which thread computed which: threads share the spans of a short text and the runs of a long one.
 // Expanded: per head, keys and values are rebuilt 64 tokens at a time and met by all queries while they are in the cache.
 // Either way a query's result depends on its own position and the entries before it, not on the queries computed with it.
 //
@@ -10,7 +11,7 @@
 #include "layers.h"
 
 const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr int SPAN = 8 * BLOCK;
+constexpr int SPAN = 2 * BLOCK, RUN = 4;  // keys; spans
 constexpr float NOTHING = -1e30f;  // a score that no query sees; finite, so that differences of two stay numbers
 
 INLINE int rounded(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -35,19 +36,29 @@ INLINE vf pair(vf first, vf second) {
     return (vf)(__builtin_convertvector(narrow(first), vu) | (__builtin_convertvector(narrow(second), vu) << 16));
 }
 
+// Sixteen rows of sixteen lanes to columns; a lane is one number or a pair.
+INLINE void transpose(vf (&lane)[LANES]) {
+    const vi low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int round = 0; round < 4; round++) {
+        vf next[LANES];
+        for (int i = 0; i < 8; i++) { next[2 * i] = __builtin_shuffle(lane[i], lane[i + 8], low); next[2 * i + 1] = __builtin_shuffle(lane[i], lane[i + 8], high); }
+        std::memcpy(lane, next, sizeof lane);
+    }
+}
+
 // One block of cached entries as rows to compute with: [BLOCK][width] numbers, bf16 if NARROW.
 template <bool NARROW>
-static const void* entries(const Model& m, const Cache& cache, const uint8_t* block, int count, int width, float* wide, uint16_t* thin) {
+static const uint8_t* entries(const Model& m, const Cache& cache, const uint8_t* block, int count, int width, float* wide, uint16_t* thin) {
     const int key_at = rounded(m.latent);
     decode(cache, block, count, m.latent, m.rope, key_at, width, wide);
-    if (!NARROW) return wide;
+    if (!NARROW) return (const uint8_t*)wide;
     for (int i = 0; i < BLOCK * width; i += LANES) store_bf16(thin + i, load(wide + i));
-    return thin;
+    return (const uint8_t*)thin;
 }
 
 template <bool NARROW>
-INLINE bool in_place(const Model& m, const Cache& cache, int count) {
-    return count == BLOCK && m.latent % LANES == 0 && m.rope % LANES == 0 && cache.format == (NARROW ? CACHE_BF16 : CACHE_F32);
+INLINE bool in_place(const Model& m, const Cache& cache) {
+    return m.latent % LANES == 0 && m.rope % LANES == 0 && cache.format == (NARROW ? CACHE_BF16 : CACHE_F32);
 }
 
 INLINE int entry_width(const Model& m) { return rounded(m.latent) + rounded(m.rope); }
@@ -60,41 +71,53 @@ struct Scratch {
 
 // Absorbed ---------------------------------------------------------------------------------------------------------------------------
 
-// Sixteen query rows as a panel: lane i is row i. query: [rows][entry_width], already scaled.
+// Sixteen query rows as a panel: lane i is row i. query: [rows][entry_width], already scaled; what lies behind the last row may be read.
 template <bool NARROW>
 static void pack_queries(const float* query, int rows, int width, float* panel) {
-    for (int k = 0; k < width; k += NARROW ? 2 : 1) {
-        vf first = splat(0.0f), second = first;
-        for (int i = 0; i < rows; i++) { first[i] = query[(size_t)i * width + k]; if (NARROW) second[i] = query[(size_t)i * width + k + 1]; }
-        store(panel + (NARROW ? k / 2 : k) * LANES, NARROW ? pair(first, second) : first);
+    constexpr int P = NARROW ? 2 : 1;
+    for (int k = 0; k < width; k += P * LANES) {
+        vf lane[LANES];
+        for (int i = 0; i < LANES; i++) {
+            const float* at = query + (size_t)i * width + k;
+            if (i >= rows) { lane[i] = splat(0.0f); continue; }
+            if (!NARROW) { lane[i] = load(at); continue; }
+            const vh half[2] = {narrow(load(at)), narrow(load(at + LANES))};
+            std::memcpy(&lane[i], half, sizeof half);
+        }
+        transpose(lane);
+        for (int i = 0; i < LANES; i++) store(panel + (size_t)(k / P + i) * LANES, lane[i]);
     }
 }
 
-// One span of keys for sixteen query rows.
+// One span of keys for sixteen query rows. Rows of scores and weights: [keys][16], NARROW weights: pairs of keys.
 // last: position of each row; result: [16][latent, rounded], then sixteen maxima and sixteen sums.
+// ahead: the blocks of the next span, whose lines are asked for evenly over this one's work: all at once, scores would wait for memory, and
+// the second half would leave it idle.
 template <bool NARROW>
 static void absorbed_span(const Model& m, const Cache& cache, int layer, const int32_t* table, int from, int to, vi last, const float* panel,
-                          Scratch& s, float* result) {
-    const int width = entry_width(m), depth = NARROW ? width / 2 : width, latent = rounded(m.latent);
+                          Scratch& s, const uint8_t* const (&ahead)[SPAN / BLOCK], float* result) {
+    const int width = entry_width(m), depth = NARROW ? width / 2 : width, latent = rounded(m.latent), item = NARROW ? 2 : 4;
     const size_t bytes = (size_t)BLOCK * cache.entry_bytes;
     const uint8_t* base = cache.data + (size_t)layer * cache.blocks * bytes;
     vf largest = splat(NOTHING);
-    const void* rows[SPAN / BLOCK];
-    const int blocks = (to - from + BLOCK - 1) / BLOCK;
+    const uint8_t* rows[SPAN / BLOCK];
+    const int blocks = (to - from + BLOCK - 1) / BLOCK, lines = cache.entry_bytes, each = lines / (latent / LANES) + 1;  // of 64 bytes, in a block
     for (int b = 0; b < blocks; b++) {
+        const uint8_t* block = base + table[from / BLOCK + b] * bytes;
         const int count = std::min(BLOCK, to - from - b * BLOCK);
-        const uint8_t* block = base + table[(from + b * BLOCK) / BLOCK] * bytes;
         const size_t room = (size_t)b * BLOCK * width;
-        rows[b] = in_place<NARROW>(m, cache, count) ? (const void*)block : entries<NARROW>(m, cache, block, count, width, s.wide + (NARROW ? 0 : room), s.thin + room);
-        for (int key = 0; key < BLOCK; key += LANES) {
+        rows[b] = in_place<NARROW>(m, cache) ? block : entries<NARROW>(m, cache, block, count, width, s.wide + (NARROW ? 0 : room), s.thin + room);
+        for (int key = 0; key < count; key += LANES) {
             vf acc[LANES];
             const float* at[LANES];
             for (int i = 0; i < LANES; i++) {
                 acc[i] = splat(0.0f);
-                at[i] = (const float*)((const char*)rows[b] + (size_t)(key + i) * width * (NARROW ? 2 : 4));
+                at[i] = (const float*)(rows[b] + (size_t)std::min(key + i, count - 1) * width * item);  // what lies behind the last is undefined
             }
+            const uint8_t* next = ahead[0] + (size_t)((b * BLOCK + key) / LANES) * (lines / (SPAN / LANES)) * 64;
             for (int k = 0; k < depth; k++) {
                 const vf right = load(panel + k * LANES);
+                if (k < lines / (SPAN / LANES)) __builtin_prefetch(next + (size_t)k * 64, 0, 2);
                 for (int i = 0; i < LANES; i++) acc[i] = NARROW ? dot2(acc[i], splat(load_as<int32_t>(at[i] + k)), (vi)right) : acc[i] + splat(load_as<float>(at[i] + k)) * right;
             }
             for (int i = 0; i < LANES; i++) {
@@ -106,7 +129,7 @@ static void absorbed_span(const Model& m, const Cache& cache, int layer, const i
         }
     }
     vf total = splat(0.0f);
-    for (int key = 0; key < blocks * BLOCK; key += 2) {
+    for (int key = 0; from + key < to; key += 2) {  // scores are there for whole sixteens
         const vf seen0 = load(s.scores + (size_t)key * LANES), seen1 = load(s.scores + (size_t)(key + 1) * LANES);
         vf p0 = select(last >= from + key, exp(seen0 - largest), splat(0.0f)), p1 = select(last >= from + key + 1, exp(seen1 - largest), splat(0.0f));
         if (NARROW) { p0 = widen(narrow(p0)); p1 = widen(narrow(p1)); }  // the sum is that of the weights used
@@ -118,17 +141,21 @@ static void absorbed_span(const Model& m, const Cache& cache, int layer, const i
         vf acc[LANES];
         for (int i = 0; i < LANES; i++) acc[i] = splat(0.0f);
         for (int b = 0; b < blocks; b++) {
+            const int count = std::min(BLOCK, to - from - b * BLOCK);
             if (NARROW) {
                 const uint16_t* v = (const uint16_t*)rows[b] + c;
                 const float* p = s.scores + (size_t)b * BLOCK / 2 * LANES;
-                for (int key = 0; key < BLOCK; key += 2, v += 2 * width, p += LANES) {
-                    const vi both = (vi)(__builtin_convertvector(load_as<vh>(v), vu) | (__builtin_convertvector(load_as<vh>(v + width), vu) << 16));
+                const uint8_t* next = ahead[1] + (size_t)(c / LANES) * each * 64;
+                for (int key = 0; key < count; key += 2, v += 2 * width, p += LANES) {
+                    if (key / 2 + b * (BLOCK / 2) < each) __builtin_prefetch(next + (size_t)(key / 2 + b * (BLOCK / 2)) * 64, 0, 2);
+                    const uint16_t* second = key + 1 < count ? v + width : v;  // its weight is 0 then
+                    const vi both = (vi)(__builtin_convertvector(load_as<vh>(v), vu) | (__builtin_convertvector(load_as<vh>(second), vu) << 16));
                     for (int i = 0; i < LANES; i++) acc[i] = dot2(acc[i], splat(load_as<int32_t>(p + i)), both);
                 }
             } else {
                 const float* v = (const float*)rows[b] + c;
                 const float* p = s.scores + (size_t)b * BLOCK * LANES;
-                for (int key = 0; key < BLOCK; key++, v += width, p += LANES) {
+                for (int key = 0; key < count; key++, v += width, p += LANES) {
                     const vf value = load(v);
                     for (int i = 0; i < LANES; i++) acc[i] += splat(p[i]) * value;
                 }
@@ -140,10 +167,9 @@ static void absorbed_span(const Model& m, const Cache& cache, int layer, const i
     store(result + (size_t)LANES * latent + LANES, total);
 }
 
-// Add a span's result to what came before it; `first`: nothing did.
-static void merge_span(const float* span, int latent, bool first, float* merged) {
+// Add a span's result to what came before it. One that no row sees changes no bit.
+static void merge_span(const float* span, int latent, float* merged) {
     const size_t tail = (size_t)LANES * latent;
-    if (first) { std::memcpy(merged, span, (tail + 2 * LANES) * sizeof(float)); return; }
     const vf a = load(merged + tail), b = load(span + tail), both = vmax(a, b), old_part = exp(a - both), new_part = exp(b - both);
     for (int i = 0; i < LANES; i++) for (int c = 0; c < latent; c += LANES) {
         float* at = merged + (size_t)i * latent + c;
@@ -184,15 +210,9 @@ static void pack_values(const Model& m, const Matrix& up, int head, int columns,
 template <bool NARROW>
 static void pack_entries(const void* rows, int width, float* panel) {
     for (int key = 0; key < BLOCK; key += LANES) for (int k = 0; k < width; k += NARROW ? 2 * LANES : LANES) {
-        // a transpose of 16 x 16 lanes; a lane is one number or a pair
         vf lane[LANES];
         for (int i = 0; i < LANES; i++) lane[i] = load_as<vf>((const char*)rows + ((size_t)(key + i) * width + k) * (NARROW ? 2 : 4));
-        const vi low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        for (int round = 0; round < 4; round++) {
-            vf next[LANES];
-            for (int i = 0; i < 8; i++) { next[2 * i] = __builtin_shuffle(lane[i], lane[i + 8], low); next[2 * i + 1] = __builtin_shuffle(lane[i], lane[i + 8], high); }
-            std::memcpy(lane, next, sizeof lane);
-        }
+        transpose(lane);
         for (int i = 0; i < LANES; i++) store(panel + (size_t)(k / (NARROW ? 2 : 1) + i) * BLOCK + key, lane[i]);
     }
 }
@@ -272,7 +292,7 @@ static void expanded_head(const Expanded& e, Scratch& s) {
     for (int key = 0; key < end; key += BLOCK) {
         const int count = std::min(BLOCK, end - key);
         const uint8_t* block = e.cache->data + ((size_t)e.layer * e.cache->blocks + e.segment->table[key / BLOCK]) * bytes;
-        const void* entry = in_place<NARROW>(m, *e.cache, count) ? (const void*)block : entries<NARROW>(m, *e.cache, block, count, width, s.wide, s.thin);
+        const void* entry = count == BLOCK && in_place<NARROW>(m, *e.cache) ? block : entries<NARROW>(m, *e.cache, block, count, width, s.wide, s.thin);
         expand_block<NARROW>(m, e.weights->up, e.head, entry, value_weights, latents, keys, values);
         for (int row = std::max(0, key - e.segment->position) / 4 * 4; row < rows; row += 4) {
             const int real = std::min(4, rows - row);

@@ -154,15 +154,17 @@ static void multiply_tiles(const Matrix& w, int row0, int rows, const Rows& x, c
     for (int r = 0; r < rows; r += TILE)
         for (int i = 0; i < count;) {
             float* out[8];
-            int left = std::min(8, count - i);
+            const int left = std::min(8, count - i);
             for (int m = 0; m < left; m++) out[m] = y + (size_t)(i + m) * stride + r;
             switch (left) {
                 case 8: tile_product<8, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
-                case 7: case 6: left = 6; tile_product<6, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
-                case 5: case 4: left = 4; tile_product<4, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
+                case 7: tile_product<7, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
+                case 6: tile_product<6, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
+                case 5: tile_product<5, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
+                case 4: tile_product<4, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
                 case 3: tile_product<3, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
                 case 2: tile_product<2, TYPE>(w, row0 + r, x, at + i, out, end, next); break;
-                default: left = 1; tile_product<1, TYPE>(w, row0 + r, x, at + i, out, end, next);
+                default: tile_product<1, TYPE>(w, row0 + r, x, at + i, out, end, next);
             }
             i += left;
         }

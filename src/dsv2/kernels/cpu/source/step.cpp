@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <climits>
 #include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -49,14 +50,14 @@ constexpr int PIECE = 32;  // weight rows computed at a time: one group of what 
 // Bytes of sums that a task of the down products keeps in the first-level cache: the more rows it computes, the longer it reads in one place.
 constexpr size_t DOWN_BYTES = 32u << 10;
 
-// Floats of results that spans of the absorbed reading may take; beyond them a thread merges span after span itself, with the same result.
+// Floats of results that tasks of the absorbed reading may leave to be merged; beyond them a task takes all spans of its group.
 constexpr size_t MOST_SPAN_FLOATS = 16u << 20;
 
 void Stack::reserve() {
     rows = step->rows;
     int absorbed_rows = 0, most_expanded = 0;
     groups.clear(); group_span.clear(); head_task.clear(); absorbed_row.clear();
-    size_t result = 0;
+    int all_spans = 0;
     const size_t size = (size_t)LANES * rounded(m.latent) + 2 * LANES;
     for (int s = 0; s < step->segments; s++) {
         const Segment& segment = step->segment[s];
@@ -70,15 +71,16 @@ void Stack::reserve() {
         for (int first = 0; first < lines; first += LANES) {
             const int count = std::min(LANES, lines - first);
             const int end = segment.position + (first + count - 1) / m.heads + 1;
-            groups.push_back({s, (int)((size_t)absorbed_rows * m.heads + first), count, (end + SPAN - 1) / SPAN, result});
-            result += groups.back().spans * size;
+            groups.push_back({s, (int)((size_t)absorbed_rows * m.heads + first), count, (end + SPAN - 1) / SPAN, 0});
+            all_spans += groups.back().spans;
         }
         absorbed_rows += segment.rows;
     }
-    together = result <= MOST_SPAN_FLOATS;
+    // few spans: a task each, so that all threads have some; results beyond the caches cost more than they bring
+    at_once = all_spans < 4 * RUN * pool.size ? 1 : all_spans / RUN * size <= MOST_SPAN_FLOATS ? RUN : INT_MAX / 2;
     for (int g = 0; g < (int)groups.size(); g++) {
-        if (!together) groups[g].result = (size_t)g * size;
-        for (int span = 0; span < (together ? groups[g].spans : 1); span++) group_span.push_back({g, together ? span : -1});
+        groups[g].result = group_span.size() * size;
+        for (int span = 0; span < groups[g].spans; span += at_once) group_span.push_back({g, span});
     }
     identity.resize((size_t)std::max(rows * std::max(1, m.chosen), absorbed_rows * m.heads));
     for (size_t i = 0; i < identity.size(); i++) identity[i] = (int)i;
@@ -91,7 +93,7 @@ void Stack::reserve() {
     if (m.query_latent) query_latent = query_latent_.get(rows, m.query_latent, narrow, quantised);
     nope = nope_.get(absorbed_rows * m.heads, m.nope, false, quantised);
     absorbed = absorbed_.get((size_t)absorbed_rows * m.heads * entry_width(m) + LANES);
-    spans = spans_.get(together ? result : groups.size() * size);
+    spans = spans_.get(group_span.size() * size);
     mixed = mixed_.get(absorbed_rows * m.heads, m.latent, narrow, quantised);
     heads = heads_.get(rows, m.heads * m.value, narrow, quantised);
     gates = gates_.get((size_t)rows * std::max(1, m.chosen));
@@ -111,7 +113,7 @@ void Stack::reserve() {
         const size_t span_rows = (size_t)SPAN * (entry_width(m) + 2 * LANES);
         p->wide.get(span_rows);
         p->thin.get(span_rows);
-        p->scores.get((size_t)SPAN * LANES + size + 8 * (size_t)std::max(rounded(m.latent), rounded(m.value)));
+        p->scores.get((size_t)SPAN * LANES + 2 * size + 8 * (size_t)std::max(rounded(m.latent), rounded(m.value)));
         p->panel.get((size_t)(entry_width(m) + 2 * LANES) * LANES);
         if (most_expanded) p->more.get(expanded_floats(m, most_expanded));
         p->out.get((size_t)rows * 2 * down_rows + (size_t)2 * (m.experts + m.groups + LANES));
@@ -250,6 +252,14 @@ void Stack::attend(Worker& w, const Layer& layer, int index) {
     else attend_as<false>(w, layer, index);
 }
 
+// Where the blocks of a span lie; those that a group does not have are its last.
+void Stack::next_blocks(int layer, const Group& group, int span, const uint8_t** blocks) const {
+    const Segment& segment = step->segment[group.segment];
+    const int last = (segment.position + segment.rows - 1) / BLOCK;
+    for (int b = 0; b < SPAN / BLOCK; b++)
+        blocks[b] = cache->data + ((size_t)layer * cache->blocks + segment.table[std::min(last, span * (SPAN / BLOCK) + b)]) * BLOCK * cache->entry_bytes;
+}
+
 template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int index) {
     const int head_width = m.nope + m.rope, query_stride = rounded(m.heads * head_width), width = entry_width(m), key_at = rounded(m.latent);
     const int tokens = (int)absorbed_row.size();
@@ -305,13 +315,18 @@ template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int 
             end = std::max(end, limit[i] + 1);
         }
         pack_queries<NARROW>(absorbed + (size_t)group.first * width, group.count, width, scratch.panel);
-        const int only = group_span[task].second;
-        for (int span = std::max(0, only); span < (only < 0 ? group.spans : only + 1); span++) {
-            const int from = span * SPAN, to = std::min(end, from + SPAN);
-            float* result = spans + group.result + (only < 0 ? 0 : (size_t)span * size);
-            float* at = only < 0 && span > 0 ? scratch.scores + (size_t)SPAN * LANES : result;
-            absorbed_span<NARROW>(m, *cache, index, segment.table, from, to, limit, scratch.panel, scratch, at);
-            if (only < 0 && span > 0) merge_span(at, rounded(m.latent), false, result);
+        // the spans of a run are merged, then the runs, whoever computes them
+        const int latent = rounded(m.latent), first = group_span[task].second, stop = std::min(group.spans, first + at_once);
+        float *result = spans + (size_t)task * size, *run = scratch.scores + (size_t)SPAN * LANES, *one = run + size;
+        for (int span = first; span < stop; span++) {
+            float* to = span == first ? result : span % RUN == 0 ? run : one;
+            const int from = span * SPAN, until = std::min(end, from + SPAN);
+            const uint8_t* ahead[SPAN / BLOCK];
+            if (span + 1 < stop) next_blocks(index, group, span + 1, ahead);
+            else { const auto& next = group_span[std::min<int64_t>(task + 1, group_span.size() - 1)]; next_blocks(index, groups[next.first], next.second, ahead); }
+            absorbed_span<NARROW>(m, *cache, index, segment.table, from, until, limit, scratch.panel, scratch, ahead, to);
+            if (to == one) merge_span(one, latent, span - first < RUN ? result : run);
+            if (span - first >= RUN && (span % RUN == RUN - 1 || span + 1 == stop)) merge_span(run, latent, result);
         }
     });
     w.barrier();
@@ -319,8 +334,11 @@ template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int 
     w.share((int64_t)groups.size(), 1, [&](int64_t g) {
         const Group& group = groups[g];
         float* all = spans + group.result;
-        if (together)
-            for (int span = 1; span < group.spans; span++) merge_span(all + span * size, rounded(m.latent), false, all);
+        if (at_once == 1)
+            for (int span = 1; span < group.spans; span++)
+                if (span % RUN) merge_span(all + span * size, rounded(m.latent), all + span / RUN * RUN * size);
+        for (int task = RUN / std::min(at_once, RUN); task * at_once < group.spans && at_once <= RUN; task += RUN / at_once)
+            merge_span(all + task * size, rounded(m.latent), all);
         const float* total = all + (size_t)LANES * rounded(m.latent) + LANES;
         for (int i = 0; i < group.count; i++) {
             float* to = mixed.f32 + (size_t)(group.first + i) * mixed.width;

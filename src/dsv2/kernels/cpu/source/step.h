@@ -81,11 +81,12 @@ class Stack {
     const Cache* cache = nullptr;
     int rows = 0;
     int down_rows = 0;            // results that one task of the down products computes
-    bool together = true;         // spans of a group are computed by several threads and merged afterwards
+    int at_once = 1;              // spans that one task computes and merges: one, a run of them, or all of a group
     std::vector<int32_t> identity, absorbed_row;  // rows of the absorbed segments
     struct Group { int segment, first, count, spans; size_t result; };  // sixteen (token, head) rows of the absorbed reading
     std::vector<Group> groups;
-    std::vector<std::pair<int, int>> group_span;  // group and span of each absorbed task
+    void next_blocks(int layer, const Group& group, int span, const uint8_t** blocks) const;
+    std::vector<std::pair<int, int>> group_span;  // group and first span of each absorbed task
     std::vector<std::pair<int, int>> head_task;   // segment and head of each expanded task
     std::vector<Unit> units;
     std::vector<int64_t> unit_task;               // first task of each unit in the first phase
