@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def make_inputs(folder: Path, data: str) -> None:
     model = Transformer(config)
     initialise(model, seed=0)
     save_checkpoint(folder / "model", model, tokenizer)
-    opened = gzip.open(data, "rt", encoding="utf-8") if data.endswith(".gz") else open(data, encoding="utf-8")
-    with opened as lines, (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
+    with (
+        (gzip.open if data.endswith(".gz") else open)(data, "rt", encoding="utf-8") as lines,
+        (folder / "chats.jsonl").open("w", encoding="utf-8") as file,
+    ):
         file.writelines(islice(lines, CONVERSATIONS))
 
 
@@ -86,10 +89,8 @@ def run_dsv2(folder: Path, precision: str, steps: int) -> dict[str, Any]:
 
     loop.train_step = counted
     with tempfile.TemporaryDirectory() as out:
-        try:
+        with suppress(KeyboardInterrupt):
             fine_tune(recipe, start, data, Path(out))
-        except KeyboardInterrupt:
-            pass
         losses = [line["loss"] for line in read_metrics(Path(out) / "metrics.jsonl") if line["kind"] == "train"]
     step_s = statistics.median(b - a for a, b in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False))
     return {"tokens_per_s": ROWS * SEQ_LEN * data.rows.filled / step_s, "step_s": step_s, "loss": losses[0], "filled": data.rows.filled}
@@ -176,7 +177,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         return in_process(folder, arguments.precision, steps, arguments.threads, task)
 
     modes = [
-        {"side": "trl", "packing": packing, "experts": experts} for packing in ("bfd", "wrapped") for experts in ("grouped_mm", "eager")
+        {"side": "trl", "packing": packing, "experts": experts} for packing in ("wrapped", "bfd") for experts in ("grouped_mm", "eager")
     ]
     modes = modes[:1] if arguments.quick else modes
     tried = [once(mode, max(2, arguments.steps // 3))["tokens_per_s"] for mode in modes] if len(modes) > 1 else [0.0]
