@@ -3,8 +3,8 @@
     python benchmarks/sft_data_amount.py tour --out runs/data-amount            # 10 minutes on two cores from a tour's model
     python benchmarks/sft_data_amount.py tour --amounts 100,1000 --steps 20 --questions 16 --out runs/try
 
-Nine kinds of instruction of our own, English and Chinese, about words: repeat them, count them, order them, put a word first or last,
-write in capitals, and some of them together. Words of the questions that are asked afterwards occur in no training instruction of any
+Nine kinds of instruction of our own, English and Chinese, about letters: repeat them, count them, order them, write them in capitals, begin
+and end with given ones, and some of them together. The questions that are asked afterwards are in no training instruction of any
 amount, so a correct answer is the rule and not the memory. Every amount trains the same number of steps from the same weights: less data
 only means more epochs of it. Scored like prompt-level IFEval: the share of answers, written greedily, that keep every rule; and the
 held-out loss. DeepSeek-V2 (section 4.4) reports that fewer than 10K instances hurt IFEval clearly. Writes results.json and prints a table.
@@ -13,15 +13,12 @@ held-out loss. DeepSeek-V2 (section 4.4) reports that fewer than 10K instances h
 import argparse
 import json
 import random
-import re
-from collections import Counter
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2.assets import corpus_path
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
-from dsv2.data.documents import read_documents
 from dsv2.engine.llm import LLM
 from dsv2.engine.request import SamplingParams
 from dsv2.files import atomic_write_json
@@ -31,9 +28,7 @@ from dsv2.train.sft import fine_tune, open_start
 from dsv2.train.sft_data import open_conversations
 from dsv2.train.sft_recipe import SftRecipe
 
-AMOUNTS = (100, 300, 1000, 3000, 10_000, 30_000)
-WORDS, HELD_OUT_SHARE = 600, 0.2  # of the commonest words that instructions are about
-_LETTERS = re.compile(r"[a-z]{3,7}")
+AMOUNTS = (100, 1000, 3000, 10_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -51,83 +46,70 @@ def exactly(kind: str, question: str, answer: str) -> Instruction:
     return Instruction(kind, question, answer, lambda text: text.strip() == answer)
 
 
-def repeat(rng: random.Random, words: list[str]) -> Instruction:
-    word, times = rng.choice(words), rng.randint(2, 5)
-    return exactly("repeat", f"Repeat the word {word} {times} times, with commas.", ", ".join([word] * times))
+def some(rng: random.Random, least: int, most: int) -> list[str]:
+    return rng.sample(string.ascii_lowercase, rng.randint(least, most))
 
 
-def repeat_zh(rng: random.Random, words: list[str]) -> Instruction:
-    word, times = rng.choice(words), rng.randint(2, 5)
-    return exactly("repeat, Chinese", f"请把 {word} 写{'零一二三四五'[times]}遍。", " ".join([word] * times))
+def repeat(rng: random.Random) -> Instruction:
+    letters, times = " ".join(some(rng, 1, 2)), rng.randint(2, 4)
+    return exactly("repeat", f"Write {times} times: {letters}", ", ".join([letters] * times))
 
 
-def capitals(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(1, 3))
-    return exactly("capitals", f"Write in capitals: {' '.join(chosen)}", " ".join(chosen).upper())
+def repeat_zh(rng: random.Random) -> Instruction:
+    letters, times = " ".join(some(rng, 1, 2)), rng.randint(2, 4)
+    return exactly("repeat, Chinese", f"写{'零一二三四'[times]}遍：{letters}", ", ".join([letters] * times))
 
 
-def count(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(1, 6))
-    return exactly("count", f"How many words are these? {' '.join(chosen)}", str(len(chosen)))
+def capitals(rng: random.Random) -> Instruction:
+    chosen = " ".join(some(rng, 2, 4))
+    return exactly("capitals", f"Write in capitals: {chosen}", chosen.upper())
 
 
-def backwards(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(2, 4))
-    return exactly("backwards", f"Write these words in reverse order: {' '.join(chosen)}", " ".join(reversed(chosen)))
+def count(rng: random.Random) -> Instruction:
+    chosen = some(rng, 1, 6)
+    return exactly("count", f"How many letters are these? {' '.join(chosen)}", str(len(chosen)))
 
 
-def alphabetical(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(2, 4))
-    return exactly("alphabetical", f"Write these words in alphabetical order: {' '.join(chosen)}", " ".join(sorted(chosen)))
+def backwards(rng: random.Random) -> Instruction:
+    chosen = some(rng, 2, 4)
+    return exactly("backwards", f"Write in reverse order: {' '.join(chosen)}", " ".join(reversed(chosen)))
 
 
-def last_word(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(2, 5))
-    return exactly("last word", f"What is the last word? {' '.join(chosen)}", chosen[-1])
+def alphabetical(rng: random.Random) -> Instruction:
+    chosen = some(rng, 2, 4)
+    return exactly("alphabetical", f"Write in alphabetical order: {' '.join(chosen)}", " ".join(sorted(chosen)))
 
 
-def framed(rng: random.Random, words: list[str]) -> Instruction:
+def last_letter(rng: random.Random) -> Instruction:
+    chosen = some(rng, 2, 5)
+    return exactly("last letter", f"What is the last letter? {' '.join(chosen)}", chosen[-1])
+
+
+def framed(rng: random.Random) -> Instruction:
     """Any answer that begins and ends as asked is right."""
-    first, last = rng.sample(words, 2)
-    between = " and ".join(rng.sample(words, 2))
+    first, last, *between = rng.sample(string.ascii_lowercase, 4)
     return Instruction(
-        "begin and end", f"Begin your answer with {first} and end it with {last}.", f"{first} {between} {last}",
+        "begin and end", f"Begin your answer with {first} and end it with {last}.", " ".join([first, *between, last]),
         lambda text: text.split()[:1] == [first] and text.split()[-1:] == [last],
     )  # fmt: skip
 
 
-def both(rng: random.Random, words: list[str]) -> Instruction:
-    chosen = rng.sample(words, rng.randint(2, 3))
-    question = f"Write these words in reverse order and in capitals: {' '.join(chosen)}"
+def both(rng: random.Random) -> Instruction:
+    chosen = some(rng, 2, 4)
+    question = f"Write in reverse order and in capitals: {' '.join(chosen)}"
     return exactly("backwards in capitals", question, " ".join(reversed(chosen)).upper())
 
 
-KINDS = (repeat, repeat_zh, capitals, count, backwards, alphabetical, last_word, framed, both)
+KINDS = (repeat, repeat_zh, capitals, count, backwards, alphabetical, last_letter, framed, both)
 
 
-def common_words() -> tuple[list[str], list[str]]:
-    """Return words of the shipped English text to teach with, and others to ask about."""
-    found: Counter[str] = Counter()
-    for document in read_documents([corpus_path("train")]):
-        if document.domain == "en":
-            found.update(_LETTERS.findall(document.text))
-    words = [word for word, _ in found.most_common(WORDS)]
-    random.Random(0).shuffle(words)
-    cut = round(len(words) * HELD_OUT_SHARE)
-    return words[cut:], words[:cut]
-
-
-def instructions(words: list[str], number: int, seed: int) -> list[Instruction]:
-    """Make different questions, each kind in turn; a smaller number is the beginning of a larger one."""
-    rng, seen, found = random.Random(seed), set(), []
+def instructions(number: int, seed: int, without: frozenset[str] = frozenset()) -> list[Instruction]:
+    """Make questions, each kind in turn, none of those in ``without``; a smaller number is the beginning of a larger one."""
+    rng, found = random.Random(seed), []
     while len(found) < number:
-        one = KINDS[len(found) % len(KINDS)](rng, words)
-        for _ in range(100):  # kinds with few questions may repeat themselves
-            if one.question not in seen:
-                break
-            one = KINDS[len(found) % len(KINDS)](rng, words)
-        seen.add(one.question)
-        found.append(one)
+        one = KINDS[len(found) % len(KINDS)](rng)
+        if one.question not in without:
+            found.append(one)
     return found
 
 
@@ -147,6 +129,7 @@ def train_on(arguments: argparse.Namespace, amount: int, chats: Path, held_out: 
             "checkpoint_every": 100, "keep": 1,
         },
         "batch": {"sequences": 8, "micro_sequences": 8},
+        "optimizer": {"kind": "muon"},
         "learning_rate": {"peak": arguments.rate, "decay": "cosine", "final_share": 0.1, "warmup_steps": max(1, arguments.steps // 20)},
     }  # fmt: skip
     recipe = SftRecipe.model_validate(settings)
@@ -180,15 +163,15 @@ def main() -> None:
     parser.add_argument("--amounts", default=",".join(map(str, AMOUNTS)))
     parser.add_argument("--steps", type=int, default=300, help="of each amount, 8 rows of 256 tokens a step")
     parser.add_argument("--questions", type=int, default=270, help="asked of each model")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=8e-3, help="peak learning rate, of Muon")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     make_deterministic(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     amounts = [int(amount) for amount in arguments.amounts.split(",")]
-    teach, ask = common_words()
-    taught, questions = instructions(teach, max(amounts), arguments.seed), instructions(ask, arguments.questions, arguments.seed + 1)
+    questions = instructions(arguments.questions, arguments.seed + 1)
+    taught = instructions(max(amounts), arguments.seed, without=frozenset(one.question for one in questions))
     assert all(one.keeps(one.answer) for one in [*taught, *questions])
     held_out = write_chats(arguments.out / "held-out.jsonl", questions)
     results = {"0": {"rules_kept": kept_rules(latest_checkpoint(arguments.start), questions)}}
