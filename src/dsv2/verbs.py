@@ -40,6 +40,16 @@ VERBS: dict[str, Verb] = {
         "Fine-tune a model on conversations.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
+    "reward": Verb(
+        "dsv2.rl.reward_training:run",
+        "Train a reward model on judged answers.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
+    "dpo": Verb(
+        "dsv2.rl.dpo:run",
+        "Train a model on pairs of answers, offline.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
     "generate": Verb(
         "dsv2.engine.terminal:generate", "Continue a prompt, or files of them.", "run the same command again; answers of files are kept"
     ),
@@ -51,7 +61,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
-TRAINING = ("tour", "pretrain", "sft")
+TRAINING = ("tour", "pretrain", "sft", "reward", "dpo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +226,61 @@ def sft(
     """
     given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
     return Call("sft", {**given, "fim_documents": fim_documents or [], "resume": resume, "tensorboard": tensorboard})
+
+
+StageTarget = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+    ),
+]
+Preferences = Annotated[list[Path], typer.Option("--data", metavar="FILE|DIR", help="Judged answers (jsonl, parquet); may be repeated.")]
+HeldOut = Annotated[
+    list[Path] | None, typer.Option("--validation", metavar="FILE|DIR", help="Held-out ones; without it a share of --data.")
+]
+RunFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")]
+
+
+@_verb(
+    "runs/chat --data pairs.jsonl --out runs/reward",
+    "tour model.start=runs/chat --data pairs.jsonl --validation held-out.jsonl --out runs/reward",
+    "runs/chat loss.kind=logistic data.weights.code=2 --data code.jsonl --data maths.jsonl --out runs/reasoning",
+)
+def reward(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The chat model with one number on its last hidden state. A row has "messages" with "chosen" and "rejected", or ends in an answer that
+    has a "label" or a "score"; what cannot be read is refused and reported. Accuracy and calibration are in the report. docs/reward.md.
+    """
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("reward", {**given, "resume": resume, "tensorboard": tensorboard})
+
+
+@_verb(
+    "runs/chat --data pairs.jsonl --out runs/dpo",
+    "tour model.start=runs/chat loss.beta_dpo=0.3 --data pairs.jsonl --out runs/dpo",
+)
+def dpo(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The reference is the model as it begins; its log-probabilities are computed once and kept in the run's folder. docs/dpo.md."""
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("dpo", {**given, "resume": resume, "tensorboard": tensorboard})
 
 
 @_verb(
