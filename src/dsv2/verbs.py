@@ -74,6 +74,11 @@ def _verb(*examples: str) -> Callable[[Callable[..., Call]], Callable[..., Call]
     return register
 
 
+def _settings(cache: str, max_len: int | None, threads: int | None) -> dict[str, Any]:
+    """Return the settings of the engine that a command line has in common with others."""
+    return {"cache": cache, "max_len": max_len, "threads": threads}
+
+
 def _text(value: str | None) -> str | None:
     """Refuse an argument whose bytes are no UTF-8, which Python hides in surrogates."""
     try:
@@ -101,6 +106,13 @@ Held = Annotated[
     Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="Of the weights in memory; auto: the first of fp32, bf16, int8 that fits.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")]
+CacheBits = Annotated[
+    Literal["auto", "fp32", "bf16", "8", "6"], typer.Option(help="Bits of a number in the latent cache; auto: as the weights.")
+]
+MaxLen = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens of prompt and answer that the cache is made for; without it all it can hold.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; without it torch decides.")]
 
 
 @app.callback(invoke_without_command=True, epilog="`dsv2 VERB --help` explains a verb. To begin: dsv2 tour --out tour")
@@ -195,6 +207,9 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
+    cache: CacheBits = "auto",
+    max_len: MaxLen = None,
+    threads: Threads = None,
     max_batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answers to files written at once; 8 without it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
 ) -> Call:
@@ -204,7 +219,8 @@ def generate(
     """
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked = {"path": path, "prompt": prompt, "files": files or [], "out": out}
-    return Call("generate", {**asked, **sampling, "dtype": dtype, "max_batch": max_batch, "as_json": json})
+    settings = _settings(cache, max_len, threads) | ({} if max_batch is None else {"max_batch": max_batch})
+    return Call("generate", {**asked, **sampling, "dtype": dtype, "as_json": json, **settings})
 
 
 @_verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")
@@ -222,10 +238,14 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
+    cache: CacheBits = "auto",
+    max_len: MaxLen = None,
+    threads: Threads = None,
 ) -> Call:
     """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype})
+    settings = _settings(cache, max_len, threads)
+    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype, **settings})
 
 
 @_verb(
