@@ -84,7 +84,7 @@ class Confined:
         self._scratch = scratch
         self._wrapped = bool(wrapper[1])
         self._up = bytearray()
-        self._job = job
+        self._held: list[object] = [job]
         prefix, command = wrapper
         with contextlib.ExitStack() as stack:
             ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
@@ -130,7 +130,10 @@ class Confined:
             self._selector.unregister(handle)
 
     def send(self, message: object) -> None:
-        """Send a message of plain values down."""
+        """Send a message of plain values down, once the process is confined and has its job."""
+        if not self.ready:
+            self._held.append(message)
+            return
         self._down += _framed(message)
         if self._channel in self._watched:
             self._selector.modify(self._channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._talk)
@@ -163,7 +166,8 @@ class Confined:
         self.level = said
         self.ready = True
         self.deadline = time.monotonic() + self._limits.wall_s
-        self.send(self._job)
+        for message in self._held:
+            self.send(message)
 
     def check(self) -> None:
         """End the process if its time is over or its files are too large."""
@@ -304,14 +308,17 @@ def _folder_bytes(folder: str) -> int:
     return 0
 
 
-def drive(processes: Sequence[Confined], selector: selectors.BaseSelector, on_message: Callable[[Confined, list[Any]], bool]) -> None:
+OnMessage = Callable[[list["Confined"], int, list[Any]], bool]
+
+
+def drive(processes: list[Confined], selector: selectors.BaseSelector, on_message: OnMessage) -> None:
     """Let processes run until one ends or `on_message` says that it is enough.
 
     Args:
         processes: each just started.
         selector: watches them.
-        on_message: gets a process and a message of it (a list that begins with a word), whose content is the program's claim;
-            returns True to stop.
+        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word, what a program
+            claims); returns True to stop.
     """
     enough = False
     while not enough:
@@ -319,9 +326,9 @@ def drive(processes: Sequence[Confined], selector: selectors.BaseSelector, on_me
         wait_s = 0.0 if ended else max(min(process.deadline for process in processes) - time.monotonic(), 0.0)
         for key, _ in selector.select(min(wait_s, _POLL_S)):
             key.data()
-        for process in processes:
+        for place, process in enumerate(processes):
             for message in process.lines():
-                enough = enough or on_message(process, message)
+                enough = enough or on_message(processes, place, message)
             process.check()
         enough = enough or ended
 

@@ -7,13 +7,13 @@ confined before it is sent there. What confines it is looked for each time, and 
 import contextlib
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.tasks.inside.confine import LEVELS
-from dsv2.tasks.process import Confined, bubblewrap, drive, scratch_folder
+from dsv2.tasks.process import Confined, OnMessage, bubblewrap, drive, scratch_folder
 from dsv2.tasks.verdict import Limits, Outcome, Verdict
 
 __all__ = ["LEVELS", "REQUIRED", "Limits", "Verdict", "converse", "run", "strongest_level", "verdict_of"]
@@ -42,8 +42,10 @@ def run(program: str, *, stdin: str = "", limits: Limits = _DEFAULT, level: str 
     failures: list[str] = []
     begun = time.monotonic()
 
-    def on_message(_: Confined, message: list[Any]) -> bool:
-        failures.append(str(message[1:2]))
+    def on_message(processes: list[Confined], _: int, message: list[Any]) -> bool:
+        if failures:
+            processes[0].kill("wrote to the channel")
+        failures.append(str(message[1]) if len(message) > 1 else "")
         return False
 
     try:
@@ -51,9 +53,9 @@ def run(program: str, *, stdin: str = "", limits: Limits = _DEFAULT, level: str 
     except OSError as error:
         return Verdict("infrastructure", f"no process could be started: {error}")
     if process.died_of() is None and process.status != 0:
-        memory = "['MemoryError']" in failures
-        return verdict_of(process, begun, "memory" if memory else "fail", _last_line(process) or f"exit status {process.status}")
-    return verdict_of(process, begun, "pass", "", passed=1)
+        outcome: Outcome = "memory" if "MemoryError" in failures else "fail"
+        return verdict_of(process, begun, outcome, _last_line(process) or f"exit status {process.status}")
+    return verdict_of(process, begun, "pass", "", passed=int(process.died_of() is None))
 
 
 def verdict_of(process: Confined, begun: float, outcome: Outcome, detail: str, *, passed: int = 0, total: int = 1) -> Verdict:
@@ -62,7 +64,7 @@ def verdict_of(process: Confined, begun: float, outcome: Outcome, detail: str, *
     return Verdict(
         outcome,
         detail[:500],
-        passed=passed if outcome != "infrastructure" else 0,
+        passed=0 if outcome == "infrastructure" else passed,
         total=total,
         stdout=process.stdout.decode(errors="replace"),
         stderr=process.stderr.decode(errors="replace"),
@@ -76,9 +78,7 @@ def _last_line(process: Confined) -> str:
     return next(iter(process.stderr.decode(errors="replace").strip().splitlines()[-1:]), "")
 
 
-def converse(
-    jobs: Sequence[Job], on_message: Callable[[Confined, list[Any]], bool], *, stdin: bytes = b"", limits: Limits, level: str
-) -> list[Confined]:
+def converse(jobs: Sequence[Job], on_message: OnMessage, *, stdin: bytes = b"", limits: Limits, level: str) -> list[Confined]:
     """Run one process a job, all at once, until one of them ends or `on_message` returns True; see `process.drive`.
 
     Returns:
