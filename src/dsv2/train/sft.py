@@ -160,7 +160,11 @@ def print_plan(recipe: SftRecipe, start: StartModel, data: ConversationData, pla
         ("model", f"{start.folder}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
         ("trained", f"{trained:,} of {count_parameters(config).total:,} parameters: {how}"),
         ("conversations", by_domain + (f"; {samples.cut:,} cut to a row" if samples.cut else "")),
-        ("fill in the middle", f"{data.num_fim:,} documents, {data.num_fim / len(samples):.1%} of the samples"),
+        *(
+            [("fill in the middle", f"{data.num_fim:,} documents, {data.num_fim / len(samples):.1%} of the samples")]
+            if data.num_fim
+            else []
+        ),
         ("held out", held),
         ("rows", f"{len(data.rows):,} of {recipe.run.seq_len} places, {data.rows.filled:.1%} filled"),
         ("to learn", f"{samples.num_labels:,} of {samples.num_places:,} tokens: what the assistant writes"),
