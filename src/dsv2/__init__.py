@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dsv2.engine.async_llm import AsyncLLM
     from dsv2.engine.engine import Engine
     from dsv2.engine.llm import LLM
-    from dsv2.engine.request import Output, Request, SamplingParams
+    from dsv2.engine.request import Constraint, Output, Request, SamplingParams
     from dsv2.model.config import ModelConfig
     from dsv2.model.transformer import Transformer
     from dsv2.presets import preset
@@ -33,6 +33,7 @@ _HOME = {
     "load_model": "dsv2.checkpoint.huggingface",
     "Request": "dsv2.engine.request",
     "SamplingParams": "dsv2.engine.request",
+    "Constraint": "dsv2.engine.request",
     "Output": "dsv2.engine.request",
     "Engine": "dsv2.engine.engine",
     "LLM": "dsv2.engine.llm",
@@ -43,6 +44,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "Batch",
+    "Constraint",
     "Document",
     "Engine",
     "ModelConfig",

@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
         "Fine-tune a model on conversations.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
+<<<<<<< HEAD
     "reward": Verb(
         "dsv2.rl.reward_training:run",
         "Train a reward model on judged answers.",
@@ -48,6 +49,11 @@ VERBS: dict[str, Verb] = {
     "dpo": Verb(
         "dsv2.rl.dpo:run",
         "Train a model on pairs of answers, offline.",
+=======
+    "grpo": Verb(
+        "dsv2.rl.grpo:run",
+        "Improve a chat model by rewards on its own answers.",
+>>>>>>> i6-me
         "run the same command with --resume; it continues from the last checkpoint",
     ),
     "generate": Verb(
@@ -61,7 +67,11 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
+<<<<<<< HEAD
 TRAINING = ("tour", "pretrain", "sft", "reward", "dpo")
+=======
+TRAINING = ("tour", "pretrain", "sft", "grpo")
+>>>>>>> i6-me
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,11 @@ def _verb(*examples: str) -> Callable[[Callable[..., Call]], Callable[..., Call]
         return app.command(function.__name__, help=f"{summary}\n\n{more}", short_help=summary, epilog=epilog)(function)
 
     return register
+
+
+def _settings(cache: str, max_len: int | None, threads: int | None) -> dict[str, Any]:
+    """Return the settings of the engine that a command line has in common with others."""
+    return {"cache": cache, "max_len": max_len, "threads": threads}
 
 
 def _text(value: str | None) -> str | None:
@@ -116,6 +131,13 @@ Held = Annotated[
     Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="Of the weights in memory; auto: the first of fp32, bf16, int8 that fits.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")]
+CacheBits = Annotated[
+    Literal["auto", "fp32", "bf16", "8", "6"], typer.Option(help="Bits of a number in the latent cache; auto: as the weights.")
+]
+MaxLen = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens of prompt and answer that the cache is made for; without it all it can hold.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; without it torch decides.")]
 
 
 @app.callback(invoke_without_command=True, epilog="`dsv2 VERB --help` explains a verb. To begin: dsv2 tour --out tour")
@@ -284,6 +306,35 @@ def dpo(
 
 
 @_verb(
+    "arithmetic model.start=runs/chat --out runs/grpo",
+    "v2-reasoning model.start=runs/chat --data problems.jsonl --out runs/reasoning",
+    "arithmetic model.start=runs/chat preset=v2 rollout.group_size=16 --out runs/grpo-v2",
+    "arithmetic model.start=runs/chat --out runs/grpo --resume",
+)
+def grpo(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, rollouts.jsonl.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Prompts (jsonl); may be repeated. None for a task of ours.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+) -> Call:
+    """Each step the model answers some prompts several times, the answers are scored, and those above their group's mean become likelier.
+    A row of --data has "messages" or "prompt", and what its rewards want, such as "answer" or "tests". Objectives: preset=v2, deepseekmath,
+    dr_grpo or dapo, or [objective] field by field. docs/grpo.md.
+    """
+    arguments = {"target": target, "overrides": overrides or [], "data": data or [], "out": out}
+    return Call("grpo", arguments | {"resume": resume, "tensorboard": tensorboard})
+
+
+@_verb(
     "runs/nano --prompt 'Once upon a time'",
     "runs/nano --prompt - --temperature 0 < prompt.txt",
     "v2-lite prompts.jsonl more.txt --out answers.jsonl --max-batch 16",
@@ -299,6 +350,9 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
+    cache: CacheBits = "auto",
+    max_len: MaxLen = None,
+    threads: Threads = None,
     max_batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answers to files written at once; 8 without it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
 ) -> Call:
@@ -308,7 +362,8 @@ def generate(
     """
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked = {"path": path, "prompt": prompt, "files": files or [], "out": out}
-    return Call("generate", {**asked, **sampling, "dtype": dtype, "max_batch": max_batch, "as_json": json})
+    settings = _settings(cache, max_len, threads) | ({} if max_batch is None else {"max_batch": max_batch})
+    return Call("generate", {**asked, **sampling, "dtype": dtype, "as_json": json, **settings})
 
 
 @_verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")
@@ -326,10 +381,14 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
     dtype: Held = "auto",
+    cache: CacheBits = "auto",
+    max_len: MaxLen = None,
+    threads: Threads = None,
 ) -> Call:
     """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype})
+    settings = _settings(cache, max_len, threads)
+    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype, **settings})
 
 
 @_verb(

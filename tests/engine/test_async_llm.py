@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -52,6 +53,13 @@ async def until(llm: AsyncLLM, condition: Callable[[Engine], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def slow_down(llm: AsyncLLM) -> None:
+    """Make an endless answer take 0.4 s, so that who wants to leave early finds it unfinished on a busy machine, too."""
+    stack = llm._thread._engine._stack
+    step = stack.step
+    stack.step = lambda pieces, **wanted: (time.sleep(0.005), step(pieces, **wanted))[1]
+
+
 def test_many_coroutines_share_batches_and_get_what_they_would_get_alone(opened: Any, model: Transformer, tokenizer: Tokenizer) -> None:
     sizes: list[int] = []
 
@@ -98,6 +106,7 @@ def test_streams_add_up(opened: Any, model: Transformer, tokenizer: Tokenizer) -
 def test_who_leaves_frees_the_cache_and_disturbs_nobody(opened: Any) -> None:
     async def main() -> None:
         async with opened(max_batch=4) as llm:
+            slow_down(llm)
             staying = asyncio.create_task(llm.generate("the river", ENDLESS))
             cancelled = asyncio.create_task(llm.generate(["the sea", "and"], ENDLESS))
             await until(llm, lambda engine: len(engine._answers) == 3)

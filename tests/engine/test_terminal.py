@@ -47,7 +47,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch, reciter: Any, tokenizer: Tokenizer
                 super().add(request)
 
         monkeypatch.setattr(terminal, "latest_checkpoint", Path)  # which need not exist
-        monkeypatch.setattr(terminal, "open_engine", lambda path, dtype: Recording(reciter([0]), tokenizer, max_batch=1, **settings))
+        monkeypatch.setattr(terminal, "open_engine", lambda *_, **asked: Recording(reciter([0]), tokenizer, max_batch=1, **settings))
         return requests
 
     return install
@@ -62,6 +62,12 @@ def test_generate_gives_the_same_text_from_the_step_the_run_and_the_tour(tour: P
         messages.append(captured.err)
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 1
     assert all("tokens/s" in message and f"{3 * (24 + 8) * 4} bytes a token" in message for message in messages)
+
+
+def test_the_cache_is_as_the_command_line_asks(tour: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.generate(tour, prompt="The river", max_tokens=40, temperature=0, cache="bf16", max_len=16, threads=1)
+    captured = capsys.readouterr()
+    assert f"{3 * (24 + 8) * 2} bytes a token" in captured.err and "16 tokens leaves room for 13 new ones" in captured.err
 
 
 def test_generate_as_json_is_one_object_with_the_same_text(tour: Path, capsys: pytest.CaptureFixture[str], type_in: Any) -> None:

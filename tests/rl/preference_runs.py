@@ -49,7 +49,7 @@ def make_start(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
     return folder
 
 
-def make_pairs(path: Path, number: int = 60) -> Path:
+def make_pairs(path: Path, number: int = 150) -> Path:
     """Answers of one to four words; "stone" at the end is bad, whatever else is said."""
     rng = np.random.default_rng(0)
     with path.open("w") as file:

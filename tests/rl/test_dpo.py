@@ -1,4 +1,4 @@
-"""DPO: the loss against a loop and finite differences, packed log-probabilities against unpacked ones, a reference that stays, exact resume."""
+"""DPO: its loss by a loop and finite differences, packed log-probabilities and unpacked ones, a reference that stays, exact resume."""
 
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from preference_runs import dpo_recipe, make_pairs, make_start, make_tokenizer, with_threads
-from train.training_runs import require_equal, stopping_after
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import latest_checkpoint
@@ -18,6 +17,7 @@ from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, only_pairs, re
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection
 from dsv2.rl.preference_run import open_start
+from train.training_runs import require_equal, stopping_after
 
 
 @pytest.fixture(autouse=True)

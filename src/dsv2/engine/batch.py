@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from dsv2.checkpoint.manifest import MANIFEST
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.answer_file import AnswerFile, open_answers
 from dsv2.engine.gather import Gathered, run, shown
 from dsv2.engine.llm import LLM
-from dsv2.engine.opening import Dtype, sampling_of
+from dsv2.engine.opening import Dtype, EngineSettings, sampling_of
 from dsv2.engine.prompt_files import PromptLine, read_prompts
 from dsv2.engine.request import Output, Request
 from dsv2.errors import DataError, Dsv2Error, RequestError
@@ -21,7 +21,13 @@ from dsv2.tokenizer.chat import Template, content_of
 
 
 def generate_files(
-    path: str | Path, files: Sequence[str | Path], out: Path, *, sampling: Mapping[str, Any], dtype: Dtype = "auto", max_batch: int = 8
+    path: str | Path,
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    sampling: Mapping[str, Any],
+    dtype: Dtype = "auto",
+    **settings: Unpack[EngineSettings],
 ) -> None:
     """Answer every prompt of some files and write the answers as JSON lines, in the order of the prompts.
 
@@ -35,7 +41,7 @@ def generate_files(
         out: file to write.
         sampling: fields of ``SamplingParams``, for what lines leave open; None: as generation_config.json says.
         dtype: of the weights in memory.
-        max_batch: most answers written at once.
+        settings: of the engine.
 
     Raises:
         DataError: a line cannot be used; names its file and number, and nothing has run.
@@ -50,6 +56,8 @@ def generate_files(
         "model": str(folder.resolve()),
         "manifest": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None,
         "dtype": dtype,
+        "cache": settings.get("cache", "auto"),
+        "max_len": settings.get("max_len"),
         "sampling": asdict(params),
         "prompts": hashlib.sha256("".join(sha256_of(file) for file in sources).encode()).hexdigest(),
     }
@@ -58,8 +66,8 @@ def generate_files(
         if left:
             if len(left) < len(lines):
                 say(f"{len(lines) - len(left)} of {len(lines)} prompts are answered in {out}.part; it goes on with the others")
-            with LLM(folder, dtype=dtype, max_batch=max_batch) as llm:
-                say(f"cache: {llm.engine.cache}; up to {max_batch} answers at once")
+            with LLM(folder, dtype=dtype, **settings) as llm:
+                say(f"cache: {llm.engine.cache}; up to {llm.engine.max_batch} answers at once")
                 _answer(llm, lines, _requests(llm, lines, params.max_tokens), answers)
         answers.finish()
 

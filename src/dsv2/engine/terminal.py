@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Unpack
 
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.batch import generate_files
 from dsv2.engine.engine import Engine
-from dsv2.engine.opening import Dtype, open_weights, sampling_of
+from dsv2.engine.opening import Dtype, EngineSettings, open_weights, sampling_of
 from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.errors import ConfigError, DataError, Dsv2Error, RequestError
 from dsv2.progress import say
@@ -41,8 +42,8 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
-    max_batch: int | None = None,
     as_json: bool = False,
+    **settings: Unpack[EngineSettings],
 ) -> None:
     """Continue a text on stdout as it is drawn, with speeds on stderr at the end; or answer files of prompts.
 
@@ -54,8 +55,8 @@ def generate(
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
         temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``; None: as generation_config.json says.
         dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
-        max_batch: answers written at once, of files; None: 8.
         as_json: print one JSON object at the end instead of the text as it comes.
+        settings: of the engine; ``max_batch`` goes with files.
 
     Raises:
         CheckpointError: no checkpoint is there.
@@ -68,15 +69,15 @@ def generate(
         if out is None or prompt is not None or as_json:
             hint = "dsv2 generate PATH FILE... --out ANSWERS.jsonl"
             raise ConfigError("files of prompts need --out, and neither --prompt nor --json goes with them", hint=hint)
-        generate_files(path, files, out, sampling=sampling, dtype=dtype, max_batch=8 if max_batch is None else max_batch)
+        generate_files(path, files, out, sampling=sampling, dtype=dtype, **settings)
         return
     if prompt is None:
         raise ConfigError("there is neither --prompt nor a file of prompts", hint="dsv2 generate PATH --prompt TEXT")
-    if out is not None or max_batch is not None:
+    if out is not None or "max_batch" in settings:
         raise ConfigError("--out and --max-batch go with files of prompts; there are none", hint="dsv2 generate --help")
     folder = latest_checkpoint(path)
     params = sampling_of(folder, sampling)
-    engine = open_engine(folder, dtype)
+    engine = open_engine(folder, dtype, **settings)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
     if room < 1:
@@ -104,6 +105,7 @@ def chat(
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
+    **settings: Unpack[EngineSettings],
 ) -> None:
     """Talk with a model, line by line; from a pipe each line of stdin is a user's turn and stdout holds the answers alone.
 
@@ -117,7 +119,7 @@ def chat(
         max_tokens: most tokens of an answer.
         temperature: as for ``generate``, also ``top_k`` and ``top_p``.
         seed: of the first answer; each later one adds 1.
-        dtype: as for ``generate``.
+        dtype: as for ``generate``, also ``settings``.
 
     Raises:
         CheckpointError: no checkpoint is there.
@@ -126,7 +128,7 @@ def chat(
     """
     folder = latest_checkpoint(path)
     params = sampling_of(folder, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
-    engine = open_engine(folder, dtype)
+    engine = open_engine(folder, dtype, **settings)
     conversation = Conversation(engine, params, system=system, template=template)
     own = engine.tokenizer.published_template
     if template is None and own is not None and not is_ours(own):
@@ -149,9 +151,10 @@ def chat(
                 say(f"error: {error}")
 
 
-def open_engine(folder: Path, dtype: Dtype = "auto") -> Engine:
+def open_engine(folder: Path, dtype: Dtype = "auto", **settings: Unpack[EngineSettings]) -> Engine:
     """Load a checkpoint's model and tokenizer for one request at a time, and say what its cache takes."""
-    engine = Engine(open_weights(folder, dtype), Tokenizer.load(folder), max_batch=1)
+    settings.setdefault("max_batch", 1)
+    engine = Engine(open_weights(folder, dtype), Tokenizer.load(folder), **settings)
     say(f"cache: {engine.cache}")
     return engine
 

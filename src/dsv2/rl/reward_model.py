@@ -18,7 +18,7 @@ from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
 from dsv2.checkpoint.names import SCORE
 from dsv2.checkpoint.shard import TensorSpec
-from dsv2.checkpoint.source import Converted, FolderSource, Source
+from dsv2.checkpoint.source import FolderSource, Source
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import CheckpointError, RequestError
 from dsv2.model.config import Head
@@ -140,7 +140,7 @@ def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -
     folder = latest_checkpoint(path)
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
-    source = Converted(FolderSource(open_folder(folder, "score")), dtype)
+    source = FolderSource(open_folder(folder, "score"))
     with torch.device("meta"):
         model = RewardModel(source.config).to(dtype)
     model.to_empty(device="cpu")

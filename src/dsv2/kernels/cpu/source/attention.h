@@ -1,8 +1,8 @@
 // Attention over a paged latent cache, in both readings (section 2.1, appendix C).
 //
-// Absorbed: sixteen (token, head) rows share each cached entry, which is key and value at once. Keys are taken in spans of 128; each span
-// gives a partial result with its own maximum and sum. The four spans of a run are merged in order, and then the runs, so it makes no difference
-// which thread computed which: threads share the spans of a short text and the runs of a long one.
+// Absorbed: sixteen (token, head) rows share each cached entry, which is key and value at once. Keys are taken in spans, of 64 at the beginning
+// of a text and 128 behind them; each span gives a partial result with its own maximum and sum. The four spans of a run are merged in order, and
+// then the runs, so it makes no difference which thread computed which: threads share the spans of a short text and the runs of a long one.
 // Expanded: per head, keys and values are rebuilt 64 tokens at a time and met by all queries while they are in the cache.
 // Either way a query's result depends on its own position and the entries before it, not on the queries computed with it.
 //
@@ -12,8 +12,14 @@
 
 const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr int SPAN = 2 * BLOCK, RUN = 4;  // keys; spans
+constexpr int SHORT_SPANS = 8;            // of one block, at the beginning: two threads get even shares of a text of 150 tokens
 constexpr float NOTHING = -1e30f;  // a score that no query sees; finite, so that differences of two stay numbers
 
+INLINE int span_start(int span) { return span < SHORT_SPANS ? span * BLOCK : SHORT_SPANS * BLOCK + (span - SHORT_SPANS) * SPAN; }
+// Spans that hold the first `end` keys.
+INLINE int spans_for(int end) {
+    return end <= SHORT_SPANS * BLOCK ? (end + BLOCK - 1) / BLOCK : SHORT_SPANS + (end - SHORT_SPANS * BLOCK + SPAN - 1) / SPAN;
+}
 INLINE int rounded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 // Panels hold the right side of an outer product: row k of sixteen-lane columns; NARROW: a lane holds the pair of rows 2k and 2k + 1.

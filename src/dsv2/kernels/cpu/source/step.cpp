@@ -71,7 +71,7 @@ void Stack::reserve() {
         for (int first = 0; first < lines; first += LANES) {
             const int count = std::min(LANES, lines - first);
             const int end = segment.position + (first + count - 1) / m.heads + 1;
-            groups.push_back({s, (int)((size_t)absorbed_rows * m.heads + first), count, (end + SPAN - 1) / SPAN, 0});
+            groups.push_back({s, (int)((size_t)absorbed_rows * m.heads + first), count, spans_for(end), 0});
             all_spans += groups.back().spans;
         }
         absorbed_rows += segment.rows;
@@ -257,7 +257,7 @@ void Stack::next_blocks(int layer, const Group& group, int span, const uint8_t**
     const Segment& segment = step->segment[group.segment];
     const int last = (segment.position + segment.rows - 1) / BLOCK;
     for (int b = 0; b < SPAN / BLOCK; b++)
-        blocks[b] = cache->data + ((size_t)layer * cache->blocks + segment.table[std::min(last, span * (SPAN / BLOCK) + b)]) * BLOCK * cache->entry_bytes;
+        blocks[b] = cache->data + ((size_t)layer * cache->blocks + segment.table[std::min(last, span_start(span) / BLOCK + b)]) * BLOCK * cache->entry_bytes;
 }
 
 template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int index) {
@@ -320,7 +320,7 @@ template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int 
         float *result = spans + (size_t)task * size, *run = scratch.scores + (size_t)SPAN * LANES, *one = run + size;
         for (int span = first; span < stop; span++) {
             float* to = span == first ? result : span % RUN == 0 ? run : one;
-            const int from = span * SPAN, until = std::min(end, from + SPAN);
+            const int from = span_start(span), until = std::min(end, span_start(span + 1));
             const uint8_t* ahead[SPAN / BLOCK];
             if (span + 1 < stop) next_blocks(index, group, span + 1, ahead);
             else { const auto& next = group_span[std::min<int64_t>(task + 1, group_span.size() - 1)]; next_blocks(index, groups[next.first], next.second, ahead); }
