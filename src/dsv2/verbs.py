@@ -40,7 +40,6 @@ VERBS: dict[str, Verb] = {
         "Fine-tune a model on conversations.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
-<<<<<<< HEAD
     "reward": Verb(
         "dsv2.rl.reward_training:run",
         "Train a reward model on judged answers.",
@@ -49,11 +48,11 @@ VERBS: dict[str, Verb] = {
     "dpo": Verb(
         "dsv2.rl.dpo:run",
         "Train a model on pairs of answers, offline.",
-=======
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
     "grpo": Verb(
         "dsv2.rl.grpo:run",
         "Improve a chat model by rewards on its own answers.",
->>>>>>> i6-me
         "run the same command with --resume; it continues from the last checkpoint",
     ),
     "generate": Verb(
@@ -67,11 +66,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
-<<<<<<< HEAD
-TRAINING = ("tour", "pretrain", "sft", "reward", "dpo")
-=======
-TRAINING = ("tour", "pretrain", "sft", "grpo")
->>>>>>> i6-me
+TRAINING = ("tour", "pretrain", "sft", "reward", "dpo", "grpo")
 
 
 @dataclass(frozen=True, slots=True)

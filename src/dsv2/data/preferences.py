@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2.data.conversations import READABLE, Message, ReadingReport, Refused, conversation_of, read_rows
+from dsv2.data.conversations import READABLE, Message, ReadingReport, Refused, conversation_of, rows_of
 from dsv2.data.documents import source_files
 from dsv2.errors import DataError
 from dsv2.files import atomic_write
@@ -72,7 +72,7 @@ def read_preferences(paths: Sequence[str | Path], report: ReadingReport) -> Iter
     for file in source_files(given)[0]:
         if file.layout == "text":
             raise DataError(f"{file} holds text, not preferences", hint=f"readable are {READABLE}")
-        for number, row in read_rows(file):
+        for number, row in rows_of(file):
             place = f"{file}:{number}"
             report.rows += 1
             try:

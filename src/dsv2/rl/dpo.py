@@ -24,6 +24,7 @@ from dsv2.data.preference_rows import PreferenceRows
 from dsv2.data.preferences import Preference
 from dsv2.errors import CheckpointError, DataError
 from dsv2.files import atomic_file
+from dsv2.kernels import linear_log_probs
 from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
 from dsv2.progress import bar
@@ -139,8 +140,8 @@ def answer_log_probs(
     answers = ends(batch.document_ids)[1]
     labels = batch.labels.flatten()
     chosen = (labels != IGNORE).nonzero().squeeze(-1)
-    logits = model.logits(output.hidden.flatten(0, 1).index_select(0, chosen))
-    log_probs = -F.cross_entropy(logits.float(), labels[chosen], reduction="none")
+    hidden = output.hidden.flatten(0, 1).index_select(0, chosen)
+    log_probs, _ = linear_log_probs(hidden, model.lm_head.weight, labels[chosen])
     place = torch.zeros(int(answers.max()) + 1, dtype=torch.long, device=answers.device)
     place[answers] = torch.arange(len(answers), device=answers.device)
     owner = place[batch.document_ids.flatten()[chosen]]
