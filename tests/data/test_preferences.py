@@ -28,7 +28,7 @@ def read(tmp_path, *rows):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["hello yes no maybe later never"] * 9, vocab_size=320)
+    return train_tokenizer(["hello yes no maybe later never"] * 9, vocab_size=384)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,8 @@ def test_single_answers_are_read_with_label_or_score(tmp_path):
     ("row", "reason"),
     [
         ({"messages": [USER], "chosen": "yes", "rejected": "yes"}, "chosen and rejected are equal"),
-        ({"messages": [USER], "chosen": "yes", "rejected": " "}, "an answer is empty"),
+        ({"messages": [USER], "chosen": "yes", "rejected": " "}, "the assistant's turns are all empty"),
+        ({"messages": [USER, turn("a"), USER], "chosen": "yes", "rejected": ""}, "an answer is empty"),
         ({"messages": [USER], "chosen": "yes"}, "no known form; its fields are chosen, messages"),
         ({"messages": [USER, turn("yes")], "label": 3}, "label is neither true (1) nor false (0)"),
         ({"messages": [USER, turn("yes")], "score": "good"}, "score is no finite number"),

@@ -18,7 +18,7 @@ from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection
 from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_losses import bradley_terry, logistic
-from dsv2.rl.reward_model import RewardModel, load_reward_model, save_reward_model
+from dsv2.rl.reward_model import RewardModel, save_reward_model
 from dsv2.rl.reward_training import RewardObjective, form_of, train_reward_model
 from train.training_runs import require_equal, stopping_after
 
@@ -101,7 +101,7 @@ def test_transformers_reads_the_folder_and_gives_the_same_scores(model, tmp_path
     assert theirs.config.num_labels == 1
     with torch.no_grad():
         assert theirs(ids).logits.item() == pytest.approx(model.score(ids.tolist())[0], abs=1e-4)
-    again = load_reward_model(tmp_path / "rm")
+    again = RewardModel.load(tmp_path / "rm")
     assert again.score(ids.tolist()) == model.score(ids.tolist())
     with pytest.raises(CheckpointError, match="holds a reward model; a language model is needed"):
         load_model(tmp_path / "rm")

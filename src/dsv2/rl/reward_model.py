@@ -33,6 +33,23 @@ class RewardModel(Transformer):
 
     head: ClassVar[Head] = "score"
 
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "RewardModel":
+        """Load a reward model from its folder, a run or a step of one, for scoring.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is a language model.
+        """
+        folder = latest_checkpoint(path)
+        if (folder / MANIFEST).is_file():
+            verify_manifest(folder)
+        source = FolderSource(open_folder(folder, "score"))
+        with torch.device("meta"):
+            model = cls(source.config).to(dtype)
+        model.to_empty(device="cpu")
+        fill_model(model, source)
+        return model.eval()
+
     def add_head(self) -> None:
         """Put the scalar head on the body."""
         self.score_head = nn.Linear(self.config.hidden_size, 1, bias=False)
@@ -129,23 +146,6 @@ def reward_source(folder: ModelFolder) -> Source:
         raise CheckpointError(f"{folder.path} holds int8 rows, which are not trained", hint="begin from the model that they were made of")
     source = FolderSource(folder)
     return source if folder.head == "score" else WithNewHead(source)
-
-
-def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """Load a reward model from its folder, a run or a step of one, for scoring.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is a language model.
-    """
-    folder = latest_checkpoint(path)
-    if (folder / MANIFEST).is_file():
-        verify_manifest(folder)
-    source = FolderSource(open_folder(folder, "score"))
-    with torch.device("meta"):
-        model = RewardModel(source.config).to(dtype)
-    model.to_empty(device="cpu")
-    fill_model(model, source)
-    return model.eval()
 
 
 def save_reward_model(folder: Path, model: RewardModel, tokenizer: Tokenizer) -> None:
