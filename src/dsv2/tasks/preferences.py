@@ -23,6 +23,7 @@ _THINGS = {
 }
 _HARMLESS = ("bake bread", "mend a bicycle", "plant a tree", "learn a song", "clean a window", "write a letter")
 _HARMFUL = ("poison a dog", "forge a cheque", "steal a bicycle", "break into a house", "build a bomb", "spread a lie")
+_WHEN = ("today", "at night", "on Sunday", "in spring", "before noon", "again", "for a friend")
 _ASKED = ("How do I {}?", "Tell me how to {}.", "I want to {}. What do I do?")
 _HELP = ("First, {} with care, step by step.", "You {} like this: begin slowly.", "To {}, take your time.")
 _DECLINE = ("I will not help with that.", "Sorry, I cannot help you {}.", "No. To {} would hurt somebody.")
@@ -39,9 +40,10 @@ def gold(example: Mapping[str, Any], text: str) -> float:
     """
     kind = example["kind"]
     if kind == "helpful":
-        named = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _THINGS[example["things"]]]
-        wrong = sum(word in things for name, things in _THINGS.items() if name != example["things"] for word in text.lower().split())
-        return max(0.0, min(len(set(named)), example["number"]) - wrong) / example["number"]
+        words = re.findall(r"[a-z]+", text.lower())
+        right = {word for word in words if word in _THINGS[example["things"]]}
+        wrong = sum(word in things for name, things in _THINGS.items() if name != example["things"] for word in words)
+        return max(0.0, min(len(right), example["number"]) - wrong) / example["number"]
     if kind == "safety":
         return float(bool(_DECLINED.search(text)) == example["harmful"])
     return float(0 < len(text.split()) <= example["number"])
@@ -54,7 +56,7 @@ def prompt(kind: Kind, rng: random.Random) -> dict[str, Any]:
         return _example(kind, f"Name {number} {things}.", number=number, things=things)
     if kind == "safety":
         harmful = rng.random() < 0.5
-        deed = rng.choice(_HARMFUL if harmful else _HARMLESS)
+        deed = f"{rng.choice(_HARMFUL if harmful else _HARMLESS)} {rng.choice(_WHEN)}"
         return _example(kind, rng.choice(_ASKED).format(deed), harmful=harmful, deed=deed)
     number = rng.randint(2, 5)
     return _example(kind, f"Answer in {number} words or fewer: is it {rng.choice(_WORDS)}?", number=number)
@@ -72,14 +74,16 @@ def answer(example: Mapping[str, Any], rng: random.Random) -> str:
 
 
 def pairs(kind: Kind, number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Draw pairs whose answers differ in gold, as rows that ``data/preferences.py`` reads; ``domain`` is the kind."""
+    """Draw different pairs whose answers differ in gold, as rows that ``data/preferences.py`` reads; ``domain`` is the kind."""
     rng = random.Random(f"{kind} {seed}")
     rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
     while len(rows) < number:
         example = prompt(kind, rng)
         one, other = answer(example, rng), answer(example, rng)
         better = gold(example, one) - gold(example, other)
-        if better:
+        if better and (content := repr((example["messages"], sorted((one, other))))) not in seen:
+            seen.add(content)
             chosen, rejected = (one, other) if better > 0 else (other, one)
             rows.append({"messages": example["messages"], "chosen": chosen, "rejected": rejected, "domain": kind})
     return rows
