@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--start", help="checkpoint to begin from")
     parser.add_argument("--real", type=Path, action="append", default=[], help="file of real pairs; may be repeated")
     parser.add_argument("--only", action="append", help="name of a data set; may be repeated")
-    parser.add_argument("--pairs", type=int, default=1000, help="made-up pairs to train on, of each kind")
+    parser.add_argument("--pairs", type=int, default=4000, help="made-up pairs to train on, of each kind")
     args = parser.parse_args()
     files = [made_up(kind, args.pairs, args.out / "data") for kind in KINDS] + [(path.name.split(".")[0], path, None) for path in args.real]
     results = [
@@ -46,7 +46,10 @@ def main() -> None:
     ]
     (args.out / "result.json").write_text(json.dumps(results, indent=1))
     columns = ("data", "pairs", "held out", "accuracy", "longer one", "margin", "calibration error", "seconds")
-    rows = [(r["name"], r["pairs"], r["held_out"], *(f"{r[c]:.3f}" for c in ("accuracy", "longer", "margin", "error")), f"{r['s']:.0f}") for r in results]
+    rows = [
+        (r["name"], r["pairs"], r["held_out"], *(f"{r[c]:.3f}" for c in ("accuracy", "longer", "margin", "error")), f"{r['s']:.0f}")
+        for r in results
+    ]
     table("reward models", columns, rows, stdout=True)
 
 

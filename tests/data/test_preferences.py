@@ -94,9 +94,7 @@ def test_filters_drop_repeats_contradictions_and_lengths(tmp_path):
     def pair(prompt, good, bad):
         return {"prompt": prompt, "chosen": good, "rejected": bad}
 
-    found, _ = read(
-        tmp_path, pair("a", "x", "y"), pair("a", "x", "y"), pair("b", "x", "y"), pair("b", "y", "x"), pair("c", "x" * 30, "y")
-    )
+    found, _ = read(tmp_path, pair("a", "x", "y"), pair("a", "x", "y"), pair("b", "x", "y"), pair("b", "y", "x"), pair("c", "x" * 30, "y"))
     kept, dropped = filtered(found, max_length_ratio=5)
     assert [p.place[-1] for p in kept] == ["1"]
     assert sorted(dropped.values()) == [1, 1, 2]
