@@ -2,8 +2,8 @@
 
     python benchmarks/reward_models.py --out OUT [--start CHECKPOINT] [--real FILE.jsonl.gz ...] [--only helpful]
 
-Without --start each model begins from random weights of the preset tour and a tokenizer trained on the texts of its own data. A model of a few
-million parameters that has read next to nothing cannot tell people's choices; the real pairs are there to show how little of that it learns.
+Without --start each model begins from random weights and a tokenizer trained on the texts of its own data. So small a model, which has read
+next to nothing, cannot tell people's choices; the real pairs are there to show how little of that it learns.
 """
 
 import argparse

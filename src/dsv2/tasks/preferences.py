@@ -1,4 +1,4 @@
-"""Made-up preferences with a gold reward that is known: is an answer helpful, safe, in the form that was asked for? Own templates; no torch.
+"""Made-up preferences with a known gold reward: is an answer helpful, safe, in the form that was asked for? Own templates; no torch.
 
 They are for showing what a trained reward model gets right and what a policy gets out of its mistakes, not for teaching a model manners.
 
