@@ -138,10 +138,10 @@ def _answer(row: Row, place: int) -> str:
         lines = [*(f"{name} {_shown(value)}" for name, value in parts.items()), *lines]
     if row.get("learned") is False:
         lines.append("not learned from")
-    label = "<br>".join(escape(line) for line in lines)
+    meta = " · ".join(escape(line) for line in lines)
     return (
         f'<div class="answer{kind}" data-place="{place}" data-reward="{_number(reward)}" data-tokens="{int(tokens)}">'
-        f'<div class="label"><b>{_shown(reward)}</b>{label}</div><blockquote>{_text(str(row.get("text", "")))}</blockquote></div>'
+        f"<b>{_shown(reward)}</b><div><blockquote>{_text(str(row.get('text', '')))}</blockquote><small>{meta}</small></div></div>"
     )
 
 
