@@ -86,12 +86,9 @@ class Samples:
 
     def label_bytes(self, tokenizer: Tokenizer) -> int:
         """Return the UTF-8 bytes of what is to be learnt; a token that ends a turn counts none."""
-        return sum(
-            len(tokenizer.token_bytes(int(token)))
-            for tokens, learn in zip(self.tokens, self.learn, strict=True)
-            for token in tokens[learn]
-            if int(token) not in tokenizer.special_ids.values()
-        )
+        markers = set(tokenizer.special_ids.values())
+        learnt = (token for tokens, learn in zip(self.tokens, self.learn, strict=True) for token in tokens[learn].tolist())
+        return sum(len(tokenizer.token_bytes(token)) for token in learnt if token not in markers)
 
     @property
     def fingerprint(self) -> str:

@@ -42,8 +42,6 @@ class PackedRow:
 class RowSource(Protocol):
     """Rows of equal length that are made when they are asked for: of documents, or of conversations."""
 
-    seq_len: int
-
     def __len__(self) -> int:
         """Return how many there are."""
         ...

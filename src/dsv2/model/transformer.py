@@ -49,12 +49,13 @@ class Block(nn.Module):
         segments: Segments | None,
         cache: LatentCache | None,
         dropping: Dropping | None = None,
+        chosen: Int[Tensor, "batch tokens chosen"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], RouterStats | None]:
         """Return the block's output and, for a MoE layer, its router's statistics."""
         x = x + self.self_attn(self.input_layernorm(x), turn, segments=segments, cache=cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed, dropping)
+            out, stats = self.mlp(normed, dropping, chosen)
             return x + out, stats
         return x + self.mlp(normed), None
 
@@ -90,6 +91,7 @@ class Transformer(nn.Module):
         *,
         dropping: Dropping | None = None,
         recompute: bool = False,
+        experts: Int[Tensor, "layers batch tokens chosen"] | None = None,
     ) -> ModelOutput:
         """Run the stack; the head is separate (``logits``), so that a loss can take the vocabulary in pieces.
 
@@ -100,6 +102,7 @@ class Transformer(nn.Module):
             cache: latents of earlier tokens; then ``positions`` must say where the new ones stand.
             dropping: of a training step that drops tokens; None: every expert computes all that is sent to it.
             recompute: keep only each block's input for the backward pass, and compute the block again there: same gradients, less memory.
+            experts: of each MoE layer, the experts to send each token to, instead of the routers' choice (router replay).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -108,10 +111,13 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
         for block in self.model.layers:
+            chosen = experts[len(stats)] if experts is not None and isinstance(block.mlp, MoE) else None
             if recompute:  # the model draws no random numbers, so there is no state of them to keep
-                x, layer_stats = checkpoint(block, x, turn, segments, cache, dropping, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = checkpoint(
+                    block, x, turn, segments, cache, dropping, chosen, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x, layer_stats = block(x, turn, segments, cache, dropping)
+                x, layer_stats = block(x, turn, segments, cache, dropping, chosen)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return ModelOutput(self.model.norm(x), tuple(stats))

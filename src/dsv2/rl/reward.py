@@ -53,8 +53,9 @@ class RewardSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RewardSection":
-        options = set().union(*_OPTIONS.values()) & self.model_fields_set
-        for option in sorted(options - _OPTIONS[self.name]):
+        fields = type(self).model_fields  # a recipe that is written out states defaults, too
+        stated = {name for name in set().union(*_OPTIONS.values()) if getattr(self, name) != fields[name].default}
+        for option in sorted(stated - _OPTIONS[self.name]):
             raise ValueError(
                 f"{option} is no option of the reward {self.name!r}; it has {', '.join(sorted(_OPTIONS[self.name])) or 'none'}"
             )

@@ -69,11 +69,11 @@ def open_conversations(
         ConfigError: the template does not fit the tokenizer, or there are too few documents for ``data.fim_share``.
     """
     reports = {"training": ReadingReport()}
-    conversations = list(read_conversations(paths, reports["training"]))
+    share = 0.0 if validation else recipe.data.validation_share
+    conversations: list[Conversation] = []
     held: list[Conversation] = []
-    if not validation and recipe.data.validation_share:
-        held = [conversation for conversation in conversations if _is_held_out(conversation, recipe.data.validation_share)]
-        conversations = [conversation for conversation in conversations if not _is_held_out(conversation, recipe.data.validation_share)]
+    for conversation in read_conversations(paths, reports["training"]):
+        (held if share and _is_held_out(conversation, share) else conversations).append(conversation)
     domains = _rendered(conversations, tokenizer, recipe, reports["training"])
     counts = {domain: len(samples) for domain, samples in domains.items()}
     training = _together(domains)
