@@ -266,7 +266,7 @@ class Confined:
     def died_of(self) -> tuple[Outcome, str] | None:
         """Return outcome and detail of an end that says it all by itself; None for an exit, which may be good or bad."""
         limits = self._limits
-        if not self.ready:
+        if self.refusal or not (self.ready or self.end == "stopped"):
             reason = f"confined only by {self.refusal!r}" if self.refusal else f"it did not start: {self.stderr[-300:].decode(errors='replace')}"
             return "infrastructure", reason
         if self.end == "time":
