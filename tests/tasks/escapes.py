@@ -90,82 +90,219 @@ ESCAPES = {name: textwrap.dedent(code) + "\nprint('ESCAPED')\n" for name, code i
 BOMBS: dict[str, tuple[str, set[str]]] = {
     "loops": ("while True: pass", {"timeout"}),
     "loops and ignores signals": (
-        "import signal\nfor number in range(1, 65):\n    try: signal.signal(number, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        """import signal
+for number in range(1, 65):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+while True: pass""",
         {"timeout"},
     ),
-    "catches everything": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", {"timeout"}),
+    "catches everything": (
+        """while True:
+    try:
+        while True: pass
+    except BaseException: pass""",
+        {"timeout"},
+    ),
     "sleeps": ("import time; time.sleep(1000)", {"timeout"}),
-    "waits for input": ("import sys, os\nwhile True: sys.stdin.read()", {"timeout"}),
-    "computes a huge power": ("print(len(str(9 ** 9 ** 9)))", {"timeout", "memory"}),
+    "waits for input": (
+        """import sys, os
+while True: sys.stdin.read()""",
+        {"timeout"},
+    ),
+    "computes a huge power": ("print(len(str(9 ** 9 ** 9)))", {"memory", "timeout"}),
     "takes memory": ("x = bytearray(1 << 34)", {"memory"}),
-    "takes memory step by step": ("x = []\nwhile True: x.append(bytearray(1 << 20))", {"memory"}),
-    "maps memory": ("import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(100)]", {"memory", "fail"}),
-    "forks without end": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: break\nraise SystemExit(1)", {"fail"}),
-    "starts threads without end": ("import _thread\nwhile True: _thread.start_new_thread(input, ())", {"fail"}),
-    "floods its output": ("while True: print('x' * 10000)", {"fail"}),
-    "floods its error output": ("import sys\nwhile True: sys.stderr.write('x' * 10000)", {"fail"}),
-    "floods the channel": (
-        "import os\nfor h in range(3, 64):\n    try: os.write(h, b'[\"value\",1]\\n')\n    except OSError: continue\n    while True: os.write(h, b'[\"value\",1]\\n' * 99)",
+    "takes memory step by step": (
+        """x = []
+while True: x.append(bytearray(1 << 20))""",
+        {"memory"},
+    ),
+    "maps memory": (
+        """import mmap
+x = [mmap.mmap(-1, 1 << 26) for _ in range(100)]""",
+        {"fail", "memory"},
+    ),
+    "forks without end": (
+        """import os
+while True:
+    try: os.fork()
+    except OSError: break
+raise SystemExit(1)""",
         {"fail"},
     ),
-    "fills the disk with files": ("n = 0\nwhile True:\n    open(str(n), 'wb').write(bytes(100_000)); n += 1", {"fail"}),
-    "fills the disk with empty files": ("n = 0\nwhile True:\n    open(str(n), 'wb').close(); n += 1", {"fail"}),
-    "opens files without end": ("x = []\nwhile True: x.append(open('/dev/null'))", {"fail"}),
-    "overflows the stack": ("import sys; sys.setrecursionlimit(10 ** 9)\nf = lambda x: [*map(f, [x])]\nf(0)", {"fail", "memory"}),
+    "starts threads without end": (
+        """import _thread
+while True: _thread.start_new_thread(input, ())""",
+        {"fail"},
+    ),
+    "floods its output": ("while True: print('x' * 10000)", {"fail"}),
+    "floods its error output": (
+        """import sys
+while True: sys.stderr.write('x' * 10000)""",
+        {"fail"},
+    ),
+    "floods the channel": (
+        r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["value",1]\n')
+    except OSError: continue
+    while True: os.write(h, b'["value",1]\n' * 99)""",
+        {"fail"},
+    ),
+    "fills the disk with files": (
+        """n = 0
+while True:
+    open(str(n), 'wb').write(bytes(100_000)); n += 1""",
+        {"fail"},
+    ),
+    "fills the disk with empty files": (
+        """n = 0
+while True:
+    open(str(n), 'wb').close(); n += 1""",
+        {"fail"},
+    ),
+    "opens files without end": (
+        """x = []
+while True: x.append(open('/dev/null'))""",
+        {"fail"},
+    ),
+    "overflows the stack": (
+        """import sys; sys.setrecursionlimit(10 ** 9)
+f = lambda x: [*map(f, [x])]
+f(0)""",
+        {"fail", "memory"},
+    ),
     "crashes": ("import ctypes; ctypes.string_at(0)", {"fail"}),
     "aborts": ("import os; os.abort()", {"fail"}),
     "exits as if killed": ("import os; os._exit(137)", {"fail"}),
     "exits through the raw call as if killed": ("import ctypes; ctypes.CDLL(None).syscall(231, 137); raise SystemExit(1)", {"fail"}),
     "exits with an error": ("raise SystemExit(3)", {"fail"}),
-    "sets off an alarm": ("import signal; signal.alarm(1)\nwhile True: pass", {"fail", "timeout"}),
-    "nests its source": ("(" * 5000 + ")" * 5000, {"fail", "memory"}),
+    "sets off an alarm": (
+        """import signal; signal.alarm(1)
+while True: pass""",
+        {"fail", "timeout"},
+    ),
+    "nests its source": (
+        """(((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((())))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))))""",
+        {"fail", "memory"},
+    ),
     "is no text": ("x = '\ud800'", {"fail"}),
 }
 
-_EQUAL = "class Yes:\n    def __eq__(self, other): return True\n    __ne__ = lambda self, other: False\n    __hash__ = lambda self: 0\n    __bool__ = lambda self: True\n"
+_EQUAL = """
+class Yes:
+    def __eq__(self, other): return True
+    __ne__ = lambda self, other: False
+    __hash__ = lambda self: 0
+    __bool__ = lambda self: True
+"""
 
 CHEATS = {
     "returns what equals everything": _EQUAL + "f = lambda x: Yes()",
-    "returns a number that equals everything": "class N(int):\n    __eq__ = lambda self, other: True\n    __hash__ = int.__hash__\nf = lambda x: N(1)",
+    "returns a number that equals everything": """class N(int):
+    __eq__ = lambda self, other: True
+    __hash__ = int.__hash__
+f = lambda x: N(1)""",
     "returns a list of what equals everything": _EQUAL + "f = lambda x: [Yes()]",
-    "returns text that equals everything": "class S(str):\n    __eq__ = lambda self, other: True\n    __hash__ = str.__hash__\nf = lambda x: S('')",
+    "returns text that equals everything": """class S(str):
+    __eq__ = lambda self, other: True
+    __hash__ = str.__hash__
+f = lambda x: S('')""",
     "exits well": "import sys; sys.exit(0)",
     "exits well at once": "import os; os._exit(0)",
-    "exits well when called": "import os\nf = lambda x: os._exit(0)",
+    "exits well when called": """import os
+f = lambda x: os._exit(0)""",
     "raises an exit when called": "def f(x): raise SystemExit(0)",
     "raises an assertion": "def f(x): raise AssertionError('passed')",
     "returns nothing": "f = lambda x: None",
     "returns not a number": "f = lambda x: float('nan')",
     "prints passes": "print('passed'); print('[\"pass\"]'); f = lambda x: None",
-    "writes passes to every file": "import os\nfor h in range(3, 64):\n    try: os.write(h, b'[\"pass\"]\\n' * 9)\n    except OSError: pass\nf = lambda x: None",
-    "writes values to every file": "import os\nfor h in range(3, 64):\n    try: os.write(h, b'[\"value\",true]\\n' * 9)\n    except OSError: pass\nf = lambda x: None",
-    "writes rubbish to every file": "import os\nfor h in range(3, 64):\n    try: os.write(h, b'\\xff[[[\\n\"' * 9)\n    except OSError: pass\nf = lambda x: None",
-    "claims to be confined anew": "import os\nfor h in range(3, 64):\n    try: os.write(h, b'[\"ready\",\"bubblewrap\"]\\n')\n    except OSError: pass\nf = lambda x: None",
-    "claims a set whose hashes collide": "import os\nf = lambda x: {k * (2 ** 61 - 1) for k in range(3000)}",
-    "claims deep nesting": "import os\nfor h in range(3, 64):\n    try: os.write(h, b'[\"value\",' + b'[' * 90000 + b'\\n')\n    except OSError: pass\nf = lambda x: None",
-    "searches the frames": "import sys\ndef f(x):\n    frame = sys._getframe(); found = []\n    while frame:\n"
-    "        found += [v for v in frame.f_locals.values() if type(v) is int and v > 1000]; frame = frame.f_back\n    return found[-1] if found else 0",
-    "searches all objects": "import gc\ndef f(x):\n    found = [v for o in gc.get_objects() if type(o) in (list, tuple, dict)\n"
-    "             for v in (o.values() if type(o) is dict else o) if type(v) is int and 100000 < v < 900000]\n    return found[0] if found else 0",
-    "searches the texts": "import gc, re\ndef f(x):\n    texts = [str(o) for o in gc.get_objects() if type(o) in (list, tuple, dict)]\n"
-    "    found = [m for t in texts for m in re.findall(r'== (\\d{6})', t)]\n    return int(found[0]) if found else 0",
-    "searches the command line": "import sys\nf = lambda x: int(next(iter(__import__('re').findall(r'\\d{6}', str(sys.argv + sys.orig_argv))), 0))",
-    "patches assert": "import builtins\nbuiltins.AssertionError = Exception\nf = lambda x: None",
-    "patches the compiler": "import builtins\nbuiltins.compile = lambda *a, **k: (lambda: None).__code__\nbuiltins.exec = lambda *a: None\nf = lambda x: None",
-    "patches eval": "import builtins\nbuiltins.eval = lambda *a: True\nf = lambda x: None",
-    "patches json": "import sys, json\njson.dumps = lambda *a, **k: 'true'\nsys.modules['json'] = sys\nf = lambda x: None",
-    "patches the modules": "import sys\nfor name in list(sys.modules): sys.modules[name] = sys\nf = lambda x: None",
-    "patches the messages": "import sys\nfor frame in [sys._getframe(n) for n in range(4)]:\n    channel = frame.f_locals.get('channel')\n"
-    "    if channel: type(channel).send_raised = lambda self, error: self.send('pass'); type(channel).send_value = lambda self, v: self.send('pass')\n"
-    "f = lambda x: None",
-    "replaces its main module": "import sys\nsys.modules['__main__'].__dict__.clear()\nf = lambda x: None",
-    "hooks exits": "import atexit, os\natexit.register(os._exit, 0)\nf = lambda x: 1 / 0",
+    "writes passes to every file": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["pass"]\n' * 9)
+    except OSError: pass
+f = lambda x: None""",
+    "writes values to every file": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["value",true]\n' * 9)
+    except OSError: pass
+f = lambda x: None""",
+    "writes rubbish to every file": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'\xff[[[\n"' * 9)
+    except OSError: pass
+f = lambda x: None""",
+    "claims to be confined anew": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["ready","bubblewrap"]\n')
+    except OSError: pass
+f = lambda x: None""",
+    "claims a set whose hashes collide": """import os
+f = lambda x: {k * (2 ** 61 - 1) for k in range(3000)}""",
+    "claims deep nesting": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["value",' + b'[' * 90000 + b'\n')
+    except OSError: pass
+f = lambda x: None""",
+    "searches the frames": """import sys
+def f(x):
+    frame = sys._getframe(); found = []
+    while frame:
+        found += [v for v in frame.f_locals.values() if type(v) is int and v > 1000]; frame = frame.f_back
+    return found[-1] if found else 0""",
+    "searches all objects": """import gc
+def f(x):
+    found = [v for o in gc.get_objects() if type(o) in (list, tuple, dict)
+             for v in (o.values() if type(o) is dict else o) if type(v) is int and 100000 < v < 900000]
+    return found[0] if found else 0""",
+    "searches the texts": r"""import gc, re
+def f(x):
+    texts = [str(o) for o in gc.get_objects() if type(o) in (list, tuple, dict)]
+    found = [m for t in texts for m in re.findall(r'== (\d{6})', t)]
+    return int(found[0]) if found else 0""",
+    "searches the command line": r"""import sys
+f = lambda x: int(next(iter(__import__('re').findall(r'\d{6}', str(sys.argv + sys.orig_argv))), 0))""",
+    "patches assert": """import builtins
+builtins.AssertionError = Exception
+f = lambda x: None""",
+    "patches the compiler": """import builtins
+builtins.compile = lambda *a, **k: (lambda: None).__code__
+builtins.exec = lambda *a: None
+f = lambda x: None""",
+    "patches eval": """import builtins
+builtins.eval = lambda *a: True
+f = lambda x: None""",
+    "patches json": """import sys, json
+json.dumps = lambda *a, **k: 'true'
+sys.modules['json'] = sys
+f = lambda x: None""",
+    "patches the modules": """import sys
+for name in list(sys.modules): sys.modules[name] = sys
+f = lambda x: None""",
+    "patches the messages": """import sys
+for frame in [sys._getframe(n) for n in range(4)]:
+    channel = frame.f_locals.get('channel')
+    if channel: type(channel).send_raised = lambda self, error: self.send('pass'); type(channel).send_value = lambda self, v: self.send('pass')
+f = lambda x: None""",
+    "replaces its main module": """import sys
+sys.modules['__main__'].__dict__.clear()
+f = lambda x: None""",
+    "hooks exits": """import atexit, os
+atexit.register(os._exit, 0)
+f = lambda x: 1 / 0""",
     "does not compile": "def f(x) return 1",
     "defines nothing": "pass",
-    "loops": "def f(x):\n    while True: pass",
+    "loops": """def f(x):
+    while True: pass""",
     "takes memory": "f = lambda x: bytearray(1 << 34)",
     "returns too much": "f = lambda x: 'x' * (1 << 22)",
-    "returns itself": "def f(x):\n    x = []; x.append(x); return x",
-    "returns what cannot be read": "class D(dict):\n    def __iter__(self): raise SystemExit(0)\n    items = __iter__\nf = lambda x: D(a=1)",
-    "has a bad name": "class E(Exception):\n    def __str__(self): raise SystemExit(0)\ndef f(x): raise E",
+    "returns itself": """def f(x):
+    x = []; x.append(x); return x""",
+    "returns what cannot be read": """class D(dict):
+    def __iter__(self): raise SystemExit(0)
+    items = __iter__
+f = lambda x: D(a=1)""",
+    "has a bad name": """class E(Exception):
+    def __str__(self): raise SystemExit(0)
+def f(x): raise E""",
 }

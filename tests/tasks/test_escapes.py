@@ -55,7 +55,15 @@ def test_no_attempt_to_escape_succeeds(outside, tmp_path):
 
 def test_the_attempts_would_succeed_without_confinement(tmp_path):
     """Otherwise the test above could pass because its programs are broken."""
-    harmless = ["reads /etc/passwd", "lists the root folder", "opens a UDP socket", "forks", "starts a thread", "starts a shell", "makes a folder"]
+    harmless = [
+        "reads /etc/passwd",
+        "lists the root folder",
+        "opens a UDP socket",
+        "forks",
+        "starts a thread",
+        "starts a shell",
+        "makes a folder",
+    ]
     for name in harmless:
         done = subprocess.run([sys.executable, "-c", ESCAPES[name]], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "ESCAPED" in done.stdout, name
@@ -71,7 +79,9 @@ def test_bombs_harm_only_themselves():
 @pytest.mark.parametrize("form", FORMS)
 def test_no_cheat_passes(form):
     verdicts = dict(zip(CHEATS, grade_all(list(CHEATS.values()), [FORMS[form]] * len(CHEATS), SHORT), strict=True))
-    assert {name: verdict.detail for name, verdict in verdicts.items() if verdict.outcome in ("pass", "infrastructure") or verdict.passed} == {}
+    assert {
+        name: verdict.detail for name, verdict in verdicts.items() if verdict.outcome in ("pass", "infrastructure") or verdict.passed
+    } == {}
     assert grade("f = lambda x: 271828", FORMS[form], SHORT).outcome == "pass"
 
 
@@ -94,15 +104,14 @@ def test_two_hundred_programs(outside):
         programs += [right, wrong, right]
         tests += [test, test, examined]
         expected += ["pass", "fail", "pass"]
-    for program in [*(program for program, _ in BOMBS.values()), *(program.format(**outside) for program in ESCAPES.values()), *CHEATS.values()]:
-        programs.append(program)
-        tests.append(FORMS["parted"])
-        expected.append("none")
-    assert len(programs) >= 200
-    verdicts = grade_all(programs, tests, SHORT)
-    assert [verdict.outcome for verdict in verdicts[:120]] == expected[:120]
-    assert [(program, verdict) for program, verdict in zip(programs, verdicts, strict=True) if verdict.score is None] == []
-    assert [(program, verdict) for program, verdict in list(zip(programs, verdicts, strict=True))[120:] if verdict.score or verdict.passed] == []
+    malicious = (
+        [program for program, _ in BOMBS.values()] + [program.format(**outside) for program in ESCAPES.values()] + [*CHEATS.values()]
+    )
+    verdicts = grade_all(programs + malicious, tests + [FORMS["parted"]] * len(malicious), SHORT)
+    assert len(verdicts) >= 200
+    assert [verdict.outcome for verdict in verdicts[: len(programs)]] == expected
+    assert [(program, verdict) for program, verdict in zip(malicious, verdicts[len(programs) :], strict=True) if verdict.score != 0.0] == []
+    assert not any(verdict.passed for verdict in verdicts[len(programs) :])
     assert leftovers() == before
     assert threading.active_count() < 10
 

@@ -36,7 +36,9 @@ def test_more_input_and_output_than_a_pipe_holds():
 
 
 def test_python_s_own_library_works():
-    modules = "asyncio bisect collections csv dataclasses datetime decimal fractions functools hashlib heapq io itertools json math random re"
+    modules = (
+        "asyncio bisect collections csv dataclasses datetime decimal fractions functools hashlib heapq io itertools json math random re"
+    )
     modules += " sqlite3 statistics string struct tempfile typing zlib zoneinfo"
     program = f"import {', '.join(modules.split())}\n" + textwrap.dedent("""
         @dataclasses.dataclass
@@ -58,7 +60,9 @@ def test_nothing_can_be_written_where_no_scratch_is_given():
     assert "Permission" in run("open('x', 'w')", limits=Limits(scratch_bytes=0)).detail
 
 
-@pytest.mark.parametrize(("name", "value"), [("cpu_s", 0), ("wall_s", 0.0), ("memory_bytes", MIB), ("open_files", 3), ("wall_s", float("nan"))])
+@pytest.mark.parametrize(
+    ("name", "value"), [("cpu_s", 0), ("wall_s", 0.0), ("memory_bytes", MIB), ("open_files", 3), ("wall_s", float("nan"))]
+)
 def test_limits_that_no_program_can_live_with(name, value):
     with pytest.raises(ConfigError, match=name):
         Limits(**{name: value})

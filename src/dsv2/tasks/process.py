@@ -267,8 +267,8 @@ class Confined:
         """Return outcome and detail of an end that says it all by itself; None for an exit, which may be good or bad."""
         limits = self._limits
         if self.refusal or not (self.ready or self.end == "stopped"):
-            reason = f"confined only by {self.refusal!r}" if self.refusal else f"it did not start: {self.stderr[-300:].decode(errors='replace')}"
-            return "infrastructure", reason
+            said = self.stderr[-300:].decode(errors="replace")
+            return "infrastructure", f"confined only by {self.refusal!r}" if self.refusal else f"it did not start: {said}"
         if self.end == "time":
             if self.waited_s > limits.wall_s / 2:
                 return "infrastructure", f"the machine is too busy: {self.waited_s:.1f} of {limits.wall_s} s it waited for a processor"
@@ -296,7 +296,7 @@ def _taken(stream: IO[bytes] | None) -> int:
         return os.dup(stream.fileno())
 
 
-def _framed(message: object) -> bytes:
+def _framed(message: Any) -> bytes:
     content = marshal.dumps(message)
     return len(content).to_bytes(4, "little") + content
 
@@ -317,8 +317,8 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
     Args:
         processes: each just started.
         selector: watches them.
-        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word, what a program
-            claims); returns True to stop.
+        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word; what a
+            program claims); returns True to stop.
     """
     enough = False
     while not enough:
@@ -334,7 +334,10 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
 
 
 def scratch_folder(limits: Limits) -> "contextlib.AbstractContextManager[str]":
-    """Make a folder for one run and remove it afterwards; "" where nothing may be written. It holds plain files only, so removal is one step deep."""
+    """Make a folder for one run and remove it afterwards; "" where nothing may be written.
+
+    A confined program can make plain files in it and nothing else, so that removing it is one step deep.
+    """
     if not limits.scratch_bytes:
         return contextlib.nullcontext("")
     return tempfile.TemporaryDirectory(prefix="dsv2-", ignore_cleanup_errors=True)

@@ -99,7 +99,8 @@ def main(handle: int) -> None:
         os._exit(1)
     channel.send("ready", encode_basestring_ascii(reached))
     role, *job = channel.receive()
-    {"script": script, "functions": functions, "served": served, "examiner": examiner}[role](channel, *job)
+    roles: dict[str, Any] = {"script": script, "functions": functions, "served": served, "examiner": examiner}
+    roles[role](channel, *job)
 
 
 def script(channel: Channel, program: str) -> None:
