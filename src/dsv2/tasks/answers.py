@@ -118,7 +118,7 @@ def _clean(text: str) -> str:
     for pattern, put in _REPLACED:
         text = pattern.sub(put, text)
     text = _TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".。").strip()
+    text = re.sub(r"\s+", " ", text).lstrip().rstrip(" .。")
     return text if re.match(r"[(\[⟨]", text) else _THOUSANDS.sub(lambda match: re.sub(r"[,{}]", "", match[0]), text)
 
 
