@@ -86,6 +86,7 @@ def main(handle: int) -> None:
     try:
         os.closerange(3, handle)
         os.closerange(handle + 1, 256)  # the judge leaves none open; these would be a bug of ours
+        os.environ.pop("PWD", None)  # bubblewrap's
         os.umask(0o077)
         os.chdir(scratch or "/")
         confine.give_up_privileges(scratch)
