@@ -1,6 +1,7 @@
 """One answer of a request while it is written: its sampler, its text, and what was recorded on the way."""
 
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,19 @@ class Dropped(CheckpointError):
         self.request_ids = tuple(request_ids)
 
 
+@dataclass(slots=True)
+class PromptRecord:
+    """What is recorded of a request's prompt, once for all its answers.
+
+    Args:
+        logprobs: of the tokens behind the first scored row.
+        experts: [layer, chosen] of each token.
+    """
+
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    experts: list[NDArray[np.integer[Any]]] = field(default_factory=list)
+
+
 class Answer:
     """Number ``index`` of a request's answers.
 
@@ -42,13 +56,15 @@ class Answer:
         seed: of the request.
         grammar: the compiled constraint.
         speculate: whether drafts may be tried.
+        prompt: what is recorded of the prompt, shared by the request's answers.
     """
 
-    __slots__ = ("drafts", "experts", "first_scored", "index", "lookup", "num_new", "prompt_logprobs", "request", "sampler", "seq", "text")
+    __slots__ = ("drafts", "experts", "first_scored", "index", "lookup", "num_new", "prompt", "request", "sampler", "seq", "text")
 
     def __init__(
-        self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool
-    ) -> None:
+        self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool,
+        prompt: PromptRecord,
+    ) -> None:  # fmt: skip
         params = request.params
         self.request, self.index, self.seq = request, index, seq
         self.sampler = SamplerState(
@@ -64,8 +80,8 @@ class Answer:
         self.lookup = PromptLookup(request.tokens) if speculate else None
         self.drafts = DraftLength()
         self.first_scored = max(params.prompt_logprobs_from, 1) - 1  # the row of position p tells of token p + 1
-        self.prompt_logprobs: list[TokenLogprob] = []  # from that row on
-        self.experts: list[NDArray[np.integer[Any]]] = []  # [layer, chosen] of token p
+        self.prompt = prompt
+        self.experts: list[NDArray[np.integer[Any]]] = []  # [layer, chosen] of each token behind the prompt
 
     def take(self, drawn: Drawn, drafted: int) -> Output:
         """Add what was drawn; return what the answer gained, and whether and why it ends.
@@ -91,6 +107,14 @@ class Answer:
             self.lookup.extend(drawn.tokens[:count])
         return self.output(drawn.tokens[:count], "".join(texts), reason, (drawn.logprobs or ())[:count])
 
+    def record_experts(self, start: int, chosen: list[NDArray[np.integer[Any]]]) -> None:
+        """Keep the chosen experts, [layer, chosen] each, of the tokens from position ``start`` on."""
+        length = len(self.request.tokens)
+        of_prompt = max(0, min(len(chosen), length - start))
+        self.prompt.experts[start : start + of_prompt] = chosen[:of_prompt]
+        if of_prompt < len(chosen):
+            self.experts[start + of_prompt - length :] = chosen[of_prompt:]  # what stood there was of a draft, or before a preemption
+
     def _add(self, token: int, texts: list[str]) -> FinishReason | None:
         if self.sampler.ends(token):
             texts.append(self.text.finish())
@@ -114,6 +138,7 @@ class Answer:
     ) -> Output:
         """Make an output of this answer; what was recorded of the prompt comes with the last one."""
         params = self.request.params
+        experts = [*self.prompt.experts, *self.experts] if reason is not None and self.request.record_experts else None
         return Output(
             self.request.request_id,
             tokens,
@@ -122,9 +147,9 @@ class Answer:
             None if params.logprobs is None else tuple(logprobs),
             len(self.request.tokens),
             index=self.index,
-            prompt_logprobs=tuple(self.prompt_logprobs) if reason is not None and params.prompt_logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt.logprobs) if reason is not None and params.prompt_logprobs is not None else None,
             cached_tokens=self.seq.num_hit,
-            experts=np.stack(self.experts) if reason is not None and self.request.record_experts and self.experts else None,
+            experts=np.stack(experts) if experts else None,
             error=error,
         )
 

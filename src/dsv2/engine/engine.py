@@ -9,15 +9,14 @@ written, and pieces of prompts. The caller's thread does all the work; nothing r
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from itertools import count
 from math import inf
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped
+from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped, PromptRecord
 from dsv2.engine.blocks import BlockPool
 from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
 from dsv2.engine.gather import collect, run
@@ -33,8 +32,6 @@ from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-_T = TypeVar("_T")
-
 _SCORED_ROWS = 128  # rows of logits kept at a time where a whole prompt's are wanted
 _DRAFTING_UP_TO = 4  # answers at once: in larger batches a step is bound by arithmetic, and drafts only add to it
 
@@ -43,8 +40,7 @@ class Engine:
     """A model that serves many requests at once.
 
     A request's text depends on its prompt, parameters and seed alone, whatever shares its steps. (On GPUs and without a C++ compiler,
-    where torch computes, the rounding of products may vary with the batch. A prefix found in the cache may have been computed in the other
-    reading: equal but for rounding.)
+    where torch computes, the rounding of products may vary with the batch.)
 
     Args:
         model: a model, read in place at each step, so that a training loop may sample between its own steps (``weights_changed``); or a
@@ -118,6 +114,7 @@ class Engine:
         self._requests: dict[str, list[Answer]] = {}  # unfinished answers
         self._answers: dict[int, Answer] = {}  # by sequence
         self._compiling: deque[tuple[Request, Compilation]] = deque()
+        self._behind: deque[tuple[Answer, list[Answer]]] = deque()  # an answer that records its prompt, and those that wait for it
         self._numbers = count()
         self._nonce = secrets.token_hex(8)  # numbers begin anew in each engine, and a disk outlives them
         self._undelivered: list[Output] = []  # of other requests, made while one was streamed
@@ -179,20 +176,40 @@ class Engine:
         params, seed = request.params, draw_seed(request.params)
         recorded = params.prompt_logprobs is not None
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        # what is recorded of every token must be computed: a prefix of another request's would leave it out
+        salt = f"recorded {self._nonce} {next(self._numbers)}" if request.record_experts else f"shared {request.cache_salt}"
+        prompt = PromptRecord()
         for index in range(params.n):
             number = next(self._numbers)
-            # what is recorded of every token must be computed: a prefix of somebody else's would leave it out
-            salt = f"recorded {self._nonce} {number}" if request.record_experts else f"shared {request.cache_salt}"
             row = Row(
                 number, list(request.tokens), len(request.tokens) + params.max_tokens, salt=salt, priority=request.priority,
-                deadline=deadline, all_logits=recorded,
+                deadline=deadline, all_logits=recorded and not index,
             )  # fmt: skip
             speculate = self._speculate and params.max_tokens > 1
-            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=speculate)
+            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=speculate, prompt=prompt)
             row.num_scored = answer.first_scored
-            self._scheduler.add(row)
             self._requests[request.request_id].append(answer)
             self._answers[number] = answer
+        first, *others = self._requests[request.request_id]
+        self._scheduler.add(first.seq)
+        if recorded:
+            self._behind.append((first, others))
+        else:
+            self._add_rows(others)
+
+    def _add_rows(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            if answer.seq.seq_id in self._answers:  # not aborted
+                self._scheduler.add(answer.seq)
+
+    def _start_behind(self) -> None:
+        """Start the other answers to prompts whose log-probabilities the first one has recorded, or will not."""
+        for _ in range(len(self._behind)):
+            first, others = self._behind.popleft()
+            if first.seq.seq_id in self._answers and not first.num_new:
+                self._behind.append((first, others))
+            else:
+                self._add_rows(others)
 
     def step(self) -> list[Output]:
         """Run one step; return what each answer gained.
@@ -205,6 +222,7 @@ class Engine:
         outputs = self.leftovers()
         try:
             outputs += self._start_compiled(wait=not outputs)
+            self._start_behind()
             plan = self._scheduler.schedule(time.monotonic())
             outputs += [self._finished(self._answers[row.seq_id], "deadline") for row in plan.expired]
             if plan.chunks:
@@ -260,12 +278,12 @@ class Engine:
             stop = min(known, wanted + _SCORED_ROWS)
             rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=wanted), want_experts=answer.request.record_experts)
             if rows.experts is not None:
-                _put(answer.experts, start, list(rows.experts.transpose(1, 0, 2)))
+                answer.record_experts(start, list(rows.experts.transpose(1, 0, 2)))
             try:
                 read = read_logprobs(rows.logits, chunk.seq.tokens[wanted + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
             except NotFinite as failure:
                 raise self._dropped([answer], failure) from failure
-            _put(answer.prompt_logprobs, wanted - first, read)
+            answer.prompt.logprobs[wanted - first :] = read  # what stood there was before a preemption
             start = stop
         return pieces_of(chunk, start) if start < end else pieces_of(chunk, end - 1)
 
@@ -276,7 +294,7 @@ class Engine:
             first = chunk.start if not chunk.seq.all_logits else self._first_left(chunk)
             length = chunk.start + chunk.length - first
             if answer.request.record_experts:
-                _put(answer.experts, first, list(experts[:, row : row + length].transpose(1, 0, 2)))
+                answer.record_experts(first, list(experts[:, row : row + length].transpose(1, 0, 2)))
             row += length
 
     def _first_left(self, chunk: Chunk) -> int:
@@ -391,9 +409,3 @@ class Engine:
         outputs = self.step()
         self._undelivered = [output for output in outputs if output.request_id not in request_ids]
         return [output for output in outputs if output.request_id in request_ids]
-
-
-def _put(entries: list[_T], start: int, values: list[_T]) -> None:
-    """Write values from a position on; what stood there was computed for a draft or before a preemption."""
-    del entries[start:]
-    entries.extend(values)

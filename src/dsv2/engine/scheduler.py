@@ -275,7 +275,7 @@ class Scheduler:
             if not self._running:
                 raise RuntimeError(f"no sequence runs, yet {pool.num_used} of {pool.num_blocks} blocks are held")
             return False
-        blocks = pool.match(seq.tokens, seq.salt, reusable * BLOCK_LEN, seq.keys)
+        blocks = pool.match(seq.tokens, seq.salt, reusable * BLOCK_LEN, seq.keys, seq.expanded)
         num_matched = len(blocks)
         try:
             blocks += pool.allocate(blocks_for(len(seq.tokens)) - num_matched)
@@ -289,7 +289,8 @@ class Scheduler:
         seq.state = RUNNING
         insort(self._running, seq, key=_by_rank)
         if pool.reuse:
-            self._siblings.announce(seq, pool.chain(seq.tokens, seq.salt, len(seq.tokens) // BLOCK_LEN, seq.keys)[num_matched:])
+            keys = pool.chain(seq.tokens, seq.salt, len(seq.tokens) // BLOCK_LEN, seq.keys, seq.expanded)
+            self._siblings.announce(seq, keys[num_matched:])
         return True
 
     def _make_room(self, seq: Sequence, reusable: int) -> bool:
@@ -298,7 +299,7 @@ class Scheduler:
         One block stays free for each sequence that runs: they grow, and would soon preempt the newcomer.
         """
         pool, running = self.pool, self._running
-        keys = pool.chain(seq.tokens, seq.salt, reusable, seq.keys)
+        keys = pool.chain(seq.tokens, seq.salt, reusable, seq.keys, seq.expanded)
         gain = count = 0
         while True:
             num_left = len(running) - count
@@ -365,7 +366,7 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, stop: int) -> None:
         """Publish the blocks of a sequence up to ``stop`` and release who waited for one of them."""
-        if self.pool.publish(seq.blocks, seq.tokens, seq.salt, seq.num_published, stop, seq.keys):
+        if self.pool.publish(seq.blocks, seq.tokens, seq.salt, seq.num_published, stop, seq.keys, seq.expanded):
             seq.table_version += 1
         self._release(self._siblings.published(seq.keys[seq.num_published : stop]))
         seq.num_published = stop
