@@ -38,7 +38,7 @@ class LossyTier:
 
 @dataclass
 class World:
-    """An engine without numbers: the latent at a position is a hash of the weights' era, the salt, all tokens up to there and how they were read."""
+    """An engine without numbers: a latent is a hash of the weights' era, the salt, and all tokens up to there as they were read."""
 
     rng: Random
     num_blocks: int

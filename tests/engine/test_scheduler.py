@@ -344,6 +344,17 @@ def test_memory_of_the_queues_follows_the_live_sequences() -> None:
     engine.check()
 
 
+def test_a_prompt_alone_is_read_a_second_at_a_time() -> None:
+    engine = Scheduler(BlockPool(32), max_sequences=1)
+    engine.costs.base, engine.costs.row, engine.costs.token, engine.costs.pair = 0.1, 0.1, 0.005, 0.0
+    engine.add(Sequence(1, [1] * 1000, 1001))
+    assert [chunk.length for chunk in engine.schedule(0.0).chunks] == [192]
+    engine.costs.token = 1.0
+    engine.cancel(1)
+    engine.add(Sequence(2, [1] * 1000, 1001))
+    assert [chunk.length for chunk in engine.schedule(0.0).chunks] == [64]  # a unit at least, whatever it costs
+
+
 def test_blocks_held_by_a_stranger_are_an_error_not_a_standstill() -> None:
     engine = scheduler()
     engine.pool.allocate(3)

@@ -59,7 +59,20 @@ class Answer:
         prompt: what is recorded of the prompt, shared by the request's answers.
     """
 
-    __slots__ = ("drafts", "experts", "first_scored", "index", "lookup", "num_new", "prompt", "request", "sampler", "seq", "text")
+    __slots__ = (
+        "drafts",
+        "experts",
+        "first_scored",
+        "index",
+        "lookup",
+        "num_new",
+        "prompt",
+        "request",
+        "sampler",
+        "seq",
+        "speculate",
+        "text",
+    )
 
     def __init__(
         self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool,
@@ -77,7 +90,8 @@ class Answer:
         )
         self.text = TextStream(tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens)
         self.num_new = 0
-        self.lookup = PromptLookup(request.tokens) if speculate else None
+        self.speculate = speculate
+        self.lookup: PromptLookup | None = None  # made for the first draft: most waiting answers, and all of large batches, have none
         self.drafts = DraftLength()
         self.first_scored = max(params.prompt_logprobs_from, 1) - 1  # the row of position p tells of token p + 1
         self.prompt = prompt
@@ -90,7 +104,7 @@ class Answer:
             drawn: tokens, perhaps with an error instead.
             drafted: draft tokens that were verified.
         """
-        if drafted and self.lookup is not None:
+        if drafted:
             self.drafts.record(drafted, max(0, len(drawn.tokens) - 1))
         if drawn.error is not None:
             return self.output((), self.text.finish(), "error", (), error=drawn.error.message)
@@ -128,8 +142,10 @@ class Answer:
 
     def draft(self, costs: Ordered[float]) -> tuple[int, ...]:
         """Return the tokens to verify in the next step; none where none are at hand or they would not pay."""
-        if self.lookup is None:
+        if not self.speculate:
             return ()
+        if self.lookup is None:
+            self.lookup = PromptLookup(self.seq.tokens)
         proposed = self.lookup.propose(len(costs) - 1)
         return tuple(proposed[: self.drafts.choose(costs)]) if proposed else ()
 

@@ -22,12 +22,13 @@ from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
 from dsv2.engine.gather import collect, run
 from dsv2.engine.native import Answered, Piece, StackWeights
 from dsv2.engine.pieces import pieces_of
-from dsv2.engine.request import Output, Request, require_fit
+from dsv2.engine.request import FinishReason, Output, Request, require_fit
 from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
 from dsv2.engine.sequence import Sequence as Row
-from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, open_tier, plan_cache
+from dsv2.engine.settings import Backend, CacheKind, require_settings
+from dsv2.engine.stack import Stack, is_fp32, open_stack, open_tier, plan_cache
 from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -87,12 +88,11 @@ class Engine:
     ) -> None:
         config = model.config
         longest = config.max_position_embeddings
-        if max_batch < 1:
-            raise ConfigError(f"max_batch = {max_batch} must be at least 1")
-        if max_len is not None and not 1 <= max_len <= longest:
+        given = {"max_batch": max_batch, "max_len": max_len, "threads": threads, "cache": cache, "cache_gb": cache_gb}
+        given |= {"backend": backend, "disk_cache_gb": disk_cache_gb, "max_step_s": max_step_s}
+        require_settings(given, frozenset(given))
+        if max_len is not None and max_len > longest:
             raise ConfigError(f"max_len = {max_len} is not from 1 to max_position_embeddings = {longest}")
-        if not max_step_s > 0:
-            raise ConfigError(f"max_step_s = {max_step_s} must be above 0")
         if tokenizer.num_tokens > config.vocab_size:
             raise CheckpointError(f"the tokenizer has {tokenizer.num_tokens} ids, the model's vocabulary only {config.vocab_size}")
         self.tokenizer = tokenizer
@@ -113,7 +113,7 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, on_settled=lambda: self.on_compiled())
         self._requests: dict[str, list[Answer]] = {}  # unfinished answers
         self._answers: dict[int, Answer] = {}  # by sequence
-        self._compiling: deque[tuple[Request, Compilation]] = deque()
+        self._compiling: deque[tuple[Request, Compilation, float | None]] = deque()  # with its deadline
         self._behind: deque[tuple[Answer, list[Answer]]] = deque()  # an answer that records its prompt, and those that wait for it
         self._numbers = count()
         self._nonce = secrets.token_hex(8)  # numbers begin anew in each engine, and a disk outlives them
@@ -129,7 +129,8 @@ class Engine:
         """Seconds that ``step`` would only wait: 0 with work at hand, else until a constraint is late; infinity without any."""
         if self._answers or self._undelivered:
             return 0.0
-        return min((0.0 if job.ready else job.left_s for _, job in self._compiling), default=inf)
+        now = time.monotonic()
+        return min((_wait_s(job, deadline, now) for _, job, deadline in self._compiling), default=inf)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -159,11 +160,16 @@ class Engine:
         self.check(request)
         constraint = request.params.constraint
         job = None if constraint is None else self._grammars.submit(constraint)
+        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         self._requests[request.request_id] = []
         if job is None:
-            self._start(request, None)
+            self._start(request, None, deadline)
         else:
-            self._compiling.append((request, job))
+            self._compiling.append((request, job, deadline))
+
+    def has_room(self, request: Request) -> bool:
+        """Tell whether a request may be added now; else too many constraints of others wait to be compiled."""
+        return request.params.constraint is None or self._grammars.has_room(request.params.constraint)
 
     def check(self, request: Request) -> None:
         """Raise the RequestError that ``add`` would."""
@@ -171,11 +177,10 @@ class Engine:
             raise RequestError(f"request_id = {request.request_id!r} is already running", hint="give every running request its own id")
         require_fit(request, max_len=self.max_len, num_tokens=self.tokenizer.num_tokens)
 
-    def _start(self, request: Request, grammar: Grammar | None) -> None:
+    def _start(self, request: Request, grammar: Grammar | None, deadline: float | None) -> None:
         """Hand a request's answers to the scheduler."""
         params, seed = request.params, draw_seed(request.params)
         recorded = params.prompt_logprobs is not None
-        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         # what is recorded of every token must be computed: a prefix of another request's would leave it out
         salt = f"recorded {self._nonce} {next(self._numbers)}" if request.record_experts else f"shared {request.cache_salt}"
         prompt = PromptRecord()
@@ -235,23 +240,27 @@ class Engine:
     def _start_compiled(self, *, wait: bool) -> list[Output]:
         """Start requests whose constraint is ready; wait for the first where that is allowed and there is nothing else to do."""
         failed: list[Output] = []
-        busy = not wait or self.idle_s == 0
+        if wait and self._compiling:
+            self._compiling[0][1].wait(self.idle_s)
         for _ in range(len(self._compiling)):
-            request, job = self._compiling.popleft()
-            name = request.request_id
-            if name not in self._requests:
-                continue  # aborted
-            if busy and not job.ready:
-                self._compiling.append((request, job))
-                continue
-            busy = True
-            try:
-                self._start(request, job.result())
-            except (RequestError, MissingExtra) as error:
-                del self._requests[name]
-                length, text = len(request.tokens), str(error)
-                failed += [Output(name, (), "", "error", None, length, index, error=text) for index in range(request.params.n)]
+            request, job, deadline = self._compiling.popleft()
+            if deadline is not None and time.monotonic() >= deadline:
+                failed += self._unstarted(request, "deadline")
+            elif not job.ready:
+                self._compiling.append((request, job, deadline))
+            else:
+                try:
+                    self._start(request, job.result(), deadline)
+                except (RequestError, MissingExtra) as error:
+                    failed += self._unstarted(request, "error", str(error))
         return failed
+
+    def _unstarted(self, request: Request, reason: FinishReason, error: str | None = None) -> list[Output]:
+        """End a request whose constraint was being compiled."""
+        name, length = request.request_id, len(request.tokens)
+        del self._requests[name]
+        self._compiling = deque(entry for entry in self._compiling if entry[0] is not request)
+        return [Output(name, (), "", reason, None, length, index, error=error) for index in range(request.params.n)]
 
     def _run(self, plan: Plan) -> list[Output]:
         started = time.perf_counter()
@@ -370,9 +379,8 @@ class Engine:
         self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
         answers = list(self._requests.get(request_id, ()))
         if request_id in self._requests and not answers:  # its constraint is being compiled
-            del self._requests[request_id]
-            (request,) = (request for request, _ in self._compiling if request.request_id == request_id)
-            return [Output(request_id, (), "", "abort", None, len(request.tokens), index) for index in range(request.params.n)]
+            (request,) = (request for request, _, _ in self._compiling if request.request_id == request_id)
+            return self._unstarted(request, "abort")
         for answer in answers:
             self._scheduler.cancel(answer.seq.seq_id)
         return [self._finished(answer, "abort") for answer in answers]
@@ -409,3 +417,8 @@ class Engine:
         outputs = self.step()
         self._undelivered = [output for output in outputs if output.request_id not in request_ids]
         return [output for output in outputs if output.request_id in request_ids]
+
+
+def _wait_s(job: Compilation, deadline: float | None, now: float) -> float:
+    """Return the seconds until a compilation has to be looked at if it does not end before."""
+    return 0.0 if job.ready else min(job.left_s, inf if deadline is None else max(0.0, deadline - now))

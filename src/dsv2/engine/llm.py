@@ -16,6 +16,7 @@ from dsv2.engine.native import StackWeights
 from dsv2.engine.opening import Dtype, EngineSettings, open_weights
 from dsv2.engine.prompts import Messages, Params, Prompt, RequestBuilder, RequestOptions, Score, score_of
 from dsv2.engine.request import Output, SamplingParams
+from dsv2.engine.settings import require_settings
 from dsv2.errors import ConfigError, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.chat import Template, content_of
@@ -59,6 +60,7 @@ class LLM:
         dtype: Dtype = "auto",
         **settings: Unpack[EngineSettings],
     ) -> None:
+        require_settings(settings, EngineSettings.__optional_keys__)
         self.default_params = SamplingParams()
         if isinstance(model, str | Path):
             folder = latest_checkpoint(model)

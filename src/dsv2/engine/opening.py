@@ -10,7 +10,7 @@ from dsv2.checkpoint.generation import sampling_defaults
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
 from dsv2.engine.native import StackWeights
 from dsv2.engine.request import SamplingParams
-from dsv2.engine.stack import Backend, CacheKind
+from dsv2.engine.settings import Backend, CacheKind
 from dsv2.engine.weights import load_packed, packed_scheme
 from dsv2.errors import ConfigError
 from dsv2.model.transformer import Transformer

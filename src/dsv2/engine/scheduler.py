@@ -17,7 +17,6 @@ pause between two, so priorities still mean something when a long queue has grow
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence as Ordered
-from math import inf
 from operator import attrgetter
 
 from dsv2.engine.blocks import BLOCK_LEN, BlockPool, OutOfBlocks, blocks_for
@@ -27,6 +26,7 @@ from dsv2.engine.sequence import Chunk, Plan, Sequence, State
 from dsv2.engine.waiting import SequenceHeap, Siblings
 
 PREFILL_EVERY = 4  # steps: so often at least, a unit of some prompt is computed beside decoding, whatever it costs
+LONE_PREFILL_S = 1.0  # that a step of prompts alone may take: whoever comes meanwhile, or a deadline, waits for its end
 ELDER_EVERY = 4  # steps: so often the elder's prompt comes first, with one unit
 # Reading a member of an enum costs as much as the rest of a comparison.
 WAITING, PARKED, RUNNING, ENDED = State.WAITING, State.PARKED, State.RUNNING, State.ENDED
@@ -40,7 +40,8 @@ class Scheduler:
         pool: blocks of the cache; nobody else holds any.
         max_sequences: most sequences that run at once.
         chunk_len: most tokens of prompts in a step, a multiple of ``BLOCK_LEN``.
-        max_step_s: seconds that a step with decoding sequences may take; prompts are cut to fit the prediction.
+        max_step_s: seconds that a step with decoding sequences may take; prompts are cut to fit the prediction, but for a unit now and then
+            (``PREFILL_EVERY``).
         patience: steps that a sequence is overtaken before it may become the elder.
 
     Raises:
@@ -344,9 +345,9 @@ class Scheduler:
             unit_only = self._step % ELDER_EVERY == 0
             if not unit_only:
                 prefills.append(prefills.pop(0))
-        due = unit_only or self._steps_without_prefill >= PREFILL_EVERY - 1
+        due = unit_only or not num_rows or self._steps_without_prefill >= PREFILL_EVERY - 1
         costs = self.costs
-        seconds_left = self._max_step_s - costs.predict(num_rows, 0, pairs) if num_rows else inf
+        seconds_left = self._max_step_s - costs.predict(num_rows, 0, pairs) if num_rows else LONE_PREFILL_S
         tokens_left = self._chunk_len
         for seq in prefills:
             start, known = seq.num_computed, len(seq.tokens)
