@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsv2.engine.answer import Answer
 from dsv2.engine.engine import Engine
+from dsv2.engine.native import Answered, Piece
 from dsv2.engine.pieces import pieces_of
 from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.engine.sequence import Chunk
@@ -221,11 +222,17 @@ def test_a_prompt_is_recorded_once_for_all_its_answers(
     params = SamplingParams(seed=3, max_tokens=4, ignore_eos=True, prompt_logprobs=0 if record == "prompt_logprobs" else None)
     records = record == "experts"
     (one,) = Engine(long_model, tokenizer).generate([Request("r", LONG[:200], params, record_experts=records)])
-    engine, rows = Engine(long_model, tokenizer, max_batch=4, speculate=False), []
+    engine = Engine(long_model, tokenizer, max_batch=4, speculate=False)
+    computed: list[int] = []
     step = engine._stack.step
-    monkeypatch.setattr(engine._stack, "step", lambda pieces, **kind: rows.extend(len(p.tokens) for p in pieces) or step(pieces, **kind))
+
+    def counting(pieces: list[Piece], *, want_experts: bool = False) -> Answered:
+        computed.append(sum(len(piece.tokens) for piece in pieces))
+        return step(pieces, want_experts=want_experts)
+
+    monkeypatch.setattr(engine._stack, "step", counting)
     outputs = engine.generate([Request("r", LONG[:200], replace(params, n=4), record_experts=records)])
-    assert sum(rows) <= 200 + 3 * 8 + 4 * 4
+    assert sum(computed) <= 200 + 3 * 8 + 4 * 4
     assert len({output.tokens for output in outputs}) == 4 and outputs[0].tokens == one.tokens
     for output in outputs:
         assert output.prompt_logprobs == one.prompt_logprobs

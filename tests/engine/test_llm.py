@@ -17,6 +17,7 @@ from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.data.batch import IGNORE
 from dsv2.engine import stack
 from dsv2.engine.engine import Engine
+from dsv2.engine.layout import FILE
 from dsv2.engine.llm import LLM
 from dsv2.engine.opening import EngineSettings
 from dsv2.engine.quantize import run as quantize
@@ -82,6 +83,17 @@ def test_a_packed_folder_opens(folder: Path, tmp_path: Path, llm: LLM) -> None:
         assert packed.generate("The river", GREEDY)[0].tokens == llm.generate("The river", GREEDY)[0].tokens
     with pytest.raises(ConfigError, match="packed"):
         LLM(tmp_path / "packed", dtype="bf16")
+
+
+def test_a_damaged_packed_file_is_found_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    quantize(str(folder), out=tmp_path / "packed", scheme="bf16")
+    LLM(tmp_path / "packed", verify=True).close()
+    file = tmp_path / "packed" / FILE
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="sha256|hash|differ|damaged"):
+        LLM(tmp_path / "packed", verify=True)
 
 
 def test_prompts_are_text_or_ids_one_or_many(llm: LLM) -> None:

@@ -88,7 +88,7 @@ class Engine:
     ) -> None:
         config = model.config
         longest = config.max_position_embeddings
-        given = {"max_batch": max_batch, "max_len": max_len, "threads": threads, "cache": cache, "cache_gb": cache_gb}
+        given: dict[str, object] = {"max_batch": max_batch, "max_len": max_len, "threads": threads, "cache": cache, "cache_gb": cache_gb}
         given |= {"backend": backend, "disk_cache_gb": disk_cache_gb, "max_step_s": max_step_s}
         require_settings(given, frozenset(given))
         if max_len is not None and max_len > longest:

@@ -38,6 +38,7 @@ class LLM:
             read where it lies: after its weights were changed, call ``weights_changed``.
         tokenizer: of a model in memory; None: the folder's.
         dtype: of a folder's weights in memory: "fp32", "bf16", "int8"; "auto": the first of these that fits, a packed folder as it is.
+        verify: compare the hash of a packed file with its manifest's before it is used; takes longer than reading it.
         settings: of ``Engine``: max_batch, max_len, cache, cache_gb, threads, backend, reuse, speculate, max_step_s,
             disk_cache, disk_cache_gb, weights_id (of a folder: its own).
 
@@ -58,6 +59,7 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         dtype: Dtype = "auto",
+        verify: bool = False,
         **settings: Unpack[EngineSettings],
     ) -> None:
         require_settings(settings, EngineSettings.__optional_keys__)
@@ -66,7 +68,7 @@ class LLM:
             folder = latest_checkpoint(model)
             tokenizer = tokenizer or Tokenizer.load(folder)
             self.default_params = SamplingParams(**sampling_defaults(folder))
-            model = open_weights(folder, dtype)
+            model = open_weights(folder, dtype, verify=verify)
             settings.setdefault("weights_id", weights_id(folder))
         elif dtype != "auto":
             raise ConfigError(f"dtype = {dtype!r} beside a model in memory, whose weights stay as they are", hint="leave dtype out")

@@ -37,8 +37,13 @@ class EngineSettings(TypedDict, total=False):
     max_step_s: float
 
 
-def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeights:
+def open_weights(folder: Path, dtype: Dtype = "auto", *, verify: bool = False) -> Transformer | StackWeights:
     """Load a model folder for the engine: a packed one as it is, any other in ``dtype``.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights in memory.
+        verify: compare a packed file's hash with the manifest's first, which takes longer than reading it.
 
     Raises:
         ConfigError: a dtype is asked of a packed model, or it is unknown.
@@ -47,7 +52,7 @@ def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeig
     if packed_scheme(folder) is not None:
         if dtype != "auto":
             raise ConfigError(f"{folder} is packed; dtype = {dtype} cannot change its weights", hint="pack the model again: dsv2 quantize")
-        return load_packed(folder)
+        return load_packed(folder, check=verify)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
     chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]
