@@ -35,6 +35,11 @@ VERBS: dict[str, Verb] = {
         "Train a model on token shards.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
+    "sft": Verb(
+        "dsv2.samples:sft",
+        "Fine-tune a model on conversations.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
     "generate": Verb(
         "dsv2.engine.terminal:generate", "Continue a prompt, or files of them.", "run the same command again; answers of files are kept"
     ),
@@ -46,7 +51,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
-TRAINING = ("tour", "pretrain")
+TRAINING = ("tour", "pretrain", "sft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,40 @@ def pretrain(
     """The recipe says what to train and how; KEY=VALUE replaces single values, such as learning_rate.warmup_steps=100."""
     arguments = {"recipe": recipe, "overrides": overrides or [], "data": data, "out": out, "resume": resume, "tensorboard": tensorboard}
     return Call("pretrain", arguments)
+
+
+@_verb(
+    "runs/nano --data chats.jsonl --out runs/chat",
+    "tour model.start=runs/tour --data chats.jsonl --validation held-out.jsonl --out runs/chat",
+    "v2 model.start=deepseek-ai/DeepSeek-V2-Lite lora.rank=16 lora.alpha=32 --data chats.parquet --out runs/lora",
+    "coder-v2-lite model.start=runs/coder --data chats/ --fim-documents code/ --out runs/coder-chat",
+    "runs/nano --data chats.jsonl --out runs/chat --resume",
+)
+def sft(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+        ),
+    ],
+    data: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Conversations (jsonl, jsonl.gz, parquet); may be repeated.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE|DIR", help="Held-out conversations; without it a share of --data.")
+    ] = None,
+    fim_documents: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE|DIR", help="Code for data.fim_share; without it the code in the answers.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+) -> Call:
+    """The loss is on what the assistant writes and on the tokens that end its turns; samples are packed and see only themselves. A row has
+    "messages", "prompt" and "completion", "conversations" (ShareGPT) or "instruction" and "output" (Alpaca), with "tools" where it calls
+    any; what cannot be read is refused and reported. lora.rank=N trains adapters instead of all weights. docs/sft.md.
+    """
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("sft", {**given, "fim_documents": fim_documents or [], "resume": resume, "tensorboard": tensorboard})
 
 
 @_verb(

@@ -18,6 +18,7 @@ SCHEMAS = {
     "plan-train": "dsv2.plan.options:TrainOptions",
     "prepare": "dsv2.data.recipe:PrepareRecipe",
     "pretrain": "dsv2.train.recipe:PretrainRecipe",
+    "sft": "dsv2.train.sft_recipe:SftRecipe",
 }
 
 

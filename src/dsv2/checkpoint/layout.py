@@ -3,6 +3,7 @@
     RUN/step-400/
       config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json     as published models have them
       training/    optimizer.safetensors  state.json                                                    read only to resume our own runs
+      adapter/     adapter.safetensors                                                                  with LoRA, beside the merged weights
       manifest.json                                                                                     format, hashes; written last
 
 The folder is filled under a hidden name, synced and renamed, so ``step-400`` either exists completely or does not exist. No file in it is
@@ -14,17 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dsv2.checkpoint.folder import read_json
+from dsv2.checkpoint.folder import open_folder, read_json
 from dsv2.checkpoint.generation import write_generation_config
-from dsv2.checkpoint.huggingface import write_model
+from dsv2.checkpoint.huggingface import fill_model, write_model
 from dsv2.checkpoint.manifest import write_manifest
-from dsv2.checkpoint.source import ModelSource, load_tensors, save_tensors
+from dsv2.checkpoint.source import FolderSource, ModelSource, load_tensors, save_tensors
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_folder, atomic_write_json
+from dsv2.model.lora import adapter_tensors, is_adapted, merged
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
+
+ADAPTER = Path("adapter/adapter.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +54,40 @@ class TrainingState:
 
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, *, training: TrainingState | None = None) -> None:
-    """Write a complete checkpoint folder, or nothing.
+    """Write a complete checkpoint folder, or nothing; a model with adapters is written merged, and the adapters beside it.
 
     Raises:
         DataError: the disk is full or may not be written.
     """
     with atomic_folder(folder) as new:
-        write_model(new, ModelSource(model))
+        with merged(model):
+            write_model(new, ModelSource(model))
+        if is_adapted(model):
+            (new / ADAPTER).parent.mkdir()
+            save_tensors(new / ADAPTER, adapter_tensors(model))
         write_generation_config(new, model.config)
         tokenizer.save(new)
         if training is not None:
             _save_training(new / "training", training)
         write_manifest(new)
+
+
+def load_weights(folder: Path, model: Transformer) -> None:
+    """Fill a model from a checkpoint of its own run: all weights, or the adapters of a model that has them, whose weights stay.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or of other adapters.
+    """
+    if not is_adapted(model):
+        fill_model(model, FolderSource(open_folder(folder)))
+        return
+    saved, own = load_tensors(folder / ADAPTER), adapter_tensors(model)
+    for name in saved.keys() | own.keys():
+        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+            raise CheckpointError(f"{folder / ADAPTER} is of other adapters than this run's: {name}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            own[name].copy_(value)
 
 
 def _save_training(folder: Path, training: TrainingState) -> None:

@@ -133,7 +133,7 @@ class DocumentStream(Iterator[Document]):
                         self.bytes_read = before + raw.tell()
                     yield chunk
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise _damaged(file, error) from error
+            raise damaged(file, error) from error
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
@@ -154,7 +154,7 @@ class DocumentStream(Iterator[Document]):
         for number, line in enumerate(split_lines(chunks), 1):
             place = f"{file}:{number}"
             text, replaced = self._decode(line, place, offset)
-            row = _parse_row(text.removeprefix("\ufeff") if number == 1 else text, place)
+            row = parse_row(text.removeprefix("\ufeff") if number == 1 else text, place)
             if row is not None:
                 yield from self._row(file, row, place, f"line {number}", replaced)
             offset += len(line) + 1
@@ -174,7 +174,7 @@ class DocumentStream(Iterator[Document]):
                         yield from self._cells(file, dict(zip(columns, cells, strict=True)), number)
                     self.bytes_read = before + file.num_bytes * number // table.metadata.num_rows
         except (pyarrow.ArrowException, OSError) as error:
-            raise _damaged(file, error) from error
+            raise damaged(file, error) from error
 
     def _cells(self, file: SourceFile, cells: dict[str, bytes | None], number: int) -> Iterator[Document]:
         place = f"{file}: row {number}"
@@ -249,10 +249,20 @@ def read_documents(paths: Sequence[str | Path], *, domain: str | None = None, in
     """
     if invalid_utf8 not in get_args(InvalidUtf8):
         raise ConfigError(f'invalid_utf8 = {invalid_utf8!r}; it can be "error" or "replace"')
+    given = [str(path) for path in paths]
+    files, ignored = source_files(given, domain)
+    return DocumentStream(files, given=given, invalid_utf8=invalid_utf8, ignored_files=ignored)
+
+
+def source_files(paths: Sequence[str], domain: str | None = None) -> tuple[list[SourceFile], int]:
+    """Return the readable files that the paths mean, in order, and how many of other kinds lie beside them; see :func:`read_documents`.
+
+    Raises:
+        DataError: a path is missing or of another kind.
+    """
     files: list[SourceFile] = []
     ignored = 0
-    given = [str(path) for path in paths]
-    for path in given:
+    for path in paths:
         if path == "-":
             files.append(SourceFile(None, domain or "stdin", "unknown"))
         elif os.path.isdir(path):
@@ -261,7 +271,7 @@ def read_documents(paths: Sequence[str | Path], *, domain: str | None = None, in
             ignored += others
         else:
             files.append(_single_file(Path(path), domain))
-    return DocumentStream(files, given=given, invalid_utf8=invalid_utf8, ignored_files=ignored)
+    return files, ignored
 
 
 def _single_file(path: Path, domain: str | None) -> SourceFile:
@@ -322,7 +332,7 @@ def _guess_layout(chunks: Iterator[bytes]) -> tuple[Layout, Iterator[bytes]]:
     return "text", iter(head)
 
 
-def _parse_row(line: str, place: str) -> dict[str, Any] | None:
+def parse_row(line: str, place: str) -> dict[str, Any] | None:
     """Return the object of a line, None for a blank line."""
     if not line or line.isspace():
         return None
@@ -368,7 +378,8 @@ def _text_columns(pyarrow: Any, schema: Any, file: SourceFile) -> list[str]:
     return columns
 
 
-def _damaged(file: SourceFile, error: Exception) -> DataError:
+def damaged(file: SourceFile, error: Exception) -> DataError:
+    """Return the error that says a file is damaged, and how."""
     return DataError(f"{file} is damaged or cut off: {error}", hint="fetch or make the file again")
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from dsv2.data.batch import Batch, collate
 from dsv2.data.mixture import Mixture
 from dsv2.data.order import permute
-from dsv2.data.packing import Rows
+from dsv2.data.packing import RowSource
 from dsv2.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ class Loader:
         ConfigError: a number is out of range.
     """
 
-    def __init__(self, rows: Rows | Mixture, *, seed: int, rank: int = 0, world_size: int = 1, workers: int = 1) -> None:
+    def __init__(self, rows: RowSource | Mixture, *, seed: int, rank: int = 0, world_size: int = 1, workers: int = 1) -> None:
         if not 0 <= seed < 1 << 64:
             raise ConfigError(f"seed = {seed}; it can be 0 to 2**64 - 1")
         if not 0 <= rank < world_size:
@@ -110,7 +110,7 @@ def _failed(error: Exception) -> Future[Batch]:
     return future
 
 
-def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+def sequential_batches(rows: RowSource, batch_size: int) -> Iterator[Batch]:
     """Yield every row once, in order: for evaluation. The last batch may be smaller."""
     for first in range(0, len(rows), batch_size):
         yield collate([rows.row(index) for index in range(first, min(first + batch_size, len(rows)))])

@@ -10,6 +10,7 @@ once in an epoch. What a document holds before a row begins is not seen from tha
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -35,6 +36,19 @@ class PackedRow:
     labels: Int64[np.ndarray, "tokens"]
     positions: Int64[np.ndarray, "tokens"]
     document_ids: Int64[np.ndarray, "tokens"]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows of equal length that are made when they are asked for: of documents, or of conversations."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def row(self, index: int) -> PackedRow:
+        """Return row ``index``."""
+        ...
 
 
 class Rows:

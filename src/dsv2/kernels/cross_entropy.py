@@ -1,7 +1,7 @@
 """The head and its cross-entropy in one operation, over a piece of the tokens at a time.
 
 The logits of a batch are the largest tensor of a small model's training step. Here a piece of them exists at a time, and the gradient
-is formed while it does, so nothing is kept or computed twice.
+is formed while it does, so nothing is kept or computed twice. In fine-tuning most rows may be without a label: they are left out.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 _PIECE_ELEMENTS = 1 << 20  # logits held at once: 4 MiB in fp32, which stays in a core's caches
 _PIECE_ROWS = 256  # but no fewer rows: each piece adds to the whole gradient of the weight
+_WORTH_GATHERING = 0.75  # share of rows with a label from which all are taken: of packed text nearly all have one
+_TILE = 64  # rows gathered are a multiple of it: a bf16 product is compiled for every new shape on a CPU
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -20,6 +22,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, dtype: torch.dtype, need_grad: bool) -> Tensor:
         """Sum the loss, and form both gradients on the way where they are needed."""
+        shape, chosen = hidden.shape, _labelled(labels, ignore)
+        if chosen is not None:
+            hidden, labels = hidden.index_select(0, chosen), labels.index_select(0, chosen)
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         grad_weight = torch.zeros_like(weight) if need_grad and not len(hidden) else None
@@ -33,6 +38,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = grad_logits.to(dtype)
                 grad_hidden[piece] = grad_logits @ cast_weight
                 grad_weight = _accumulate(grad_weight, grad_logits, cast_hidden[piece], weight.dtype)
+        if chosen is not None and grad_hidden is not None:
+            grad_hidden = hidden.new_zeros(shape).index_copy_(0, chosen, grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
@@ -42,6 +49,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass left, in place: a second backward through this loss is refused by torch."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_loss.to(grad_hidden.dtype)), grad_weight.mul_(grad_loss.to(grad_weight.dtype)), None, None, None, None
+
+
+def _labelled(labels: Tensor, ignore: int) -> Tensor | None:
+    """Return the rows that have a label, and some others that fill a tile up; None where leaving the rest out is not worth it."""
+    count = int((labels != ignore).sum())
+    if count > _WORTH_GATHERING * len(labels):
+        return None
+    return (labels == ignore).to(torch.int8).argsort(stable=True)[: -(-count // _TILE) * _TILE]
 
 
 def _accumulate(total: Tensor | None, grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,11 +15,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from dsv2.checkpoint.folder import open_folder
-from dsv2.checkpoint.huggingface import fill_model
-from dsv2.checkpoint.layout import TrainingState, load_guard, load_training, save_checkpoint
+from dsv2.checkpoint.layout import TrainingState, load_guard, load_training, load_weights, save_checkpoint
 from dsv2.checkpoint.manifest import verify_manifest
-from dsv2.checkpoint.source import FolderSource
 from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.config import Section
 from dsv2.data.batch import Batch
@@ -39,16 +36,15 @@ from dsv2.train.step import StepResult, TrainingDiverged, train_step
 from dsv2.train.validation import DomainLoss
 
 Sample = tuple[str, str]  # prompt, text that followed
-# Of RunSection, when a run is resumed, as the samples: no step depends on them, but where a guard rolls back to is the newest checkpoint.
+# Of PaceSection, when a run is resumed, as the samples: no step depends on them, but where a guard rolls back to is the newest checkpoint.
 MAY_CHANGE = ("loader_workers", "profile_steps", "validate_every", "sample_every", "checkpoint_every", "keep")
 _LARGE_LOAD = 2048  # layers x experts: above it, every train line of V2 would have 70 KB
 _LARGE_LOAD_EVERY = 100  # steps
 
 
-class RunSection(Section):
-    """How long, how exactly and how often."""
+class PaceSection(Section):
+    """How exactly and how often; how long a run is, each stage says in its own way."""
 
-    tokens: int = Field(gt=0, description="token budget of the run")
     seq_len: int = Field(gt=0, description="tokens per sequence")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial weights and data order")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -62,6 +58,12 @@ class RunSection(Section):
     sample_every: int = Field(default=100, gt=0, description="steps between samples, where the stage draws any")
     checkpoint_every: int = Field(default=100, gt=0, description="steps between checkpoints")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
+
+
+class RunSection(PaceSection):
+    """How long, how exactly and how often."""
+
+    tokens: int = Field(gt=0, description="token budget of the run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def resume_from(folder: Path, model: Transformer, optimizer: torch.optim.Optimiz
 
 def _restore(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
     verify_manifest(checkpoint)
-    fill_model(model, FolderSource(open_folder(checkpoint)))
+    load_weights(checkpoint, model)
     state = load_training(checkpoint)
     restore_optimizer(model, optimizer, state.optimizer)
     return state

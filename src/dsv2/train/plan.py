@@ -27,7 +27,7 @@ def print_plan(recipe: PretrainRecipe, config: ModelConfig, corpus: Corpus, rows
             "steps",
             f"{len(steps):,} of {steps[0][1]} to {steps[-1][1]} sequences of {recipe.run.seq_len} tokens; {recipe.run.tokens:,} tokens",
         ),
-        ("learning rate", _describe_rate(rate)),
+        ("learning rate", describe_rate(rate)),
         ("optimiser", "AdamW" if recipe.optimizer.kind == "adamw" else "Muon on the blocks' matrices, AdamW on the rest"),
         ("balance", _describe_balance(recipe, config)),
         ("precision", f"{recipe.run.precision} products, fp32 weights and moments; {torch.get_num_threads()} threads"),
@@ -47,7 +47,10 @@ def _describe_data(recipe: PretrainRecipe, corpus: Corpus, rows: Rows | Mixture)
     return f"{tokens:,} tokens in {', '.join(corpus.train.domains)}; {recipe.run.tokens / tokens:.2f} epochs"
 
 
-def _describe_rate(rate: LearningRate) -> str:
+def describe_rate(rate: LearningRate) -> str:
+    """Say how a learning rate rises and falls."""
+    if rate.decay == "steps" and not rate.decay_points:
+        return f"{rate.peak:g} after {rate.warmup_steps} steps, constant"
     fall = (
         f"x{rate.decay_factor:g} at {list(rate.decay_points)} of the tokens"
         if rate.decay == "steps"

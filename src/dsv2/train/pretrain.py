@@ -1,6 +1,5 @@
 """Token shards to a base model (section 3.1); ``dsv2.samples`` makes the stage of the command line of it."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog
 from dsv2.train.corpus import Corpus, training_rows
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
-from dsv2.train.memory import keep_freed_memory
+from dsv2.train.memory import keep_freed_memory, require_training_memory
 from dsv2.train.muon import hidden_matrices
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import print_plan
@@ -52,7 +51,7 @@ def _pretrain(
     config, rows = checked_config(recipe, corpus), training_rows(corpus, recipe.run, recipe.mixture)
     fresh = recipe.model.start is not None and not checkpoints(out)
     start_hash = check_start(recipe.model.start or "", config, corpus.tokenizer) if fresh else None
-    recipe = settled_recipe(recipe, corpus, out, device, start_hash)
+    recipe = settled_recipe(recipe, corpus.fingerprint, out, device, start_hash)
     metrics = MetricsLog(out / METRICS, tensorboard=tensorboard)
     require_determinism(recipe.run.deterministic)
     plan = LoopPlan(
@@ -64,7 +63,7 @@ def _pretrain(
         begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
-    begin_run(recipe, corpus, out, device, start_hash)
+    begin_run(recipe, corpus.fingerprint, out, device, start_hash)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
     loader = Loader(rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)
@@ -102,12 +101,7 @@ def checked_config(recipe: PretrainRecipe, corpus: Corpus) -> ModelConfig:
             f"dropping.capacity_factor = {recipe.dropping.capacity_factor:g}: a device's budget needs n_group > 1 and MoE layers",
             hint="leave dropping.capacity_factor out",
         )
-    needed, present = _training_bytes(recipe, config), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not torch.cuda.is_available() and needed > present:
-        raise ConfigError(
-            f"weights, gradients and moments take {needed / 1e9:,.0f} GB; this machine has {present / 1e9:,.0f} GB",
-            hint="choose a smaller preset, such as nano or small",
-        )
+    require_training_memory(_training_bytes(recipe, config), hint="choose a smaller preset, such as nano or small")
     return config
 
 

@@ -13,7 +13,7 @@ from dsv2.presets import preset
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.dropping import DroppingSection
 from dsv2.train.guard import GuardSection
-from dsv2.train.loop import RunSection
+from dsv2.train.loop import PaceSection, RunSection
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
 from dsv2.train.samples import SamplesSection
@@ -35,7 +35,14 @@ class ModelSection(Section):
     )
 
 
-class PretrainRecipe(Section):
+class StageRecipe(Section):
+    """What a run's folder reads of the recipe of any stage."""
+
+    run: PaceSection
+    samples: SamplesSection = SamplesSection()
+
+
+class PretrainRecipe(StageRecipe):
     """A pre-training run: one dial, the preset and the token budget, and the values that go with it."""
 
     model: ModelSection
@@ -47,7 +54,6 @@ class PretrainRecipe(Section):
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
     mixture: MixtureRules | None = Field(default=None, description="Weights of the domains; without it every row once an epoch.")
-    samples: SamplesSection = SamplesSection()
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:
         """Return the model's config, its vocabulary that of the tokenizer.

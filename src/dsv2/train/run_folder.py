@@ -5,7 +5,7 @@ RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,18 +15,26 @@ from dsv2.config import dump_toml, load_recipe
 from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import atomic_write, atomic_write_json, clear_leftovers
 from dsv2.progress import console
-from dsv2.train.corpus import Corpus
 from dsv2.train.loop import MAY_CHANGE
 from dsv2.train.precision import resolve_precision
-from dsv2.train.recipe import PretrainRecipe
+from dsv2.train.recipe import StageRecipe
+
+R = TypeVar("R", bound=StageRecipe)
 
 RECIPE, PLAN, METRICS = "recipe.toml", "plan.json", "metrics.jsonl"
 _WRITTEN = r"recipe\.toml|plan\.json|metrics\.jsonl|step-\d+|diverged-step-\d+\.npz"  # what a killed run may have been writing
 _PLAN_FIELDS = {"threads": int, "torch": str, "device": str, "data": str}
 
 
-def settled_recipe(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device, start_hash: str | None) -> PretrainRecipe:
+def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> R:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
+
+    Args:
+        recipe: as asked for now.
+        fingerprint: of the data.
+        out: the run's folder.
+        device: where it trains.
+        start_hash: of the weights that it begins from, where they are looked at.
 
     Raises:
         ConfigError: the run in ``out`` began with another recipe or other data, or there are checkpoints without a recipe.
@@ -38,21 +46,17 @@ def settled_recipe(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: to
         if checkpoints(out):
             raise ConfigError(f"{out} holds checkpoints but no {RECIPE}: they belong to an unknown run", hint="choose another --out")
         return settled
-    began = load_recipe(str(out / RECIPE), PretrainRecipe, folder="pretrain")
+    began = load_recipe(str(out / RECIPE), type(recipe), folder="pretrain")
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
     changed = _differences(began.model_dump(exclude={"samples"}), _same(wanted, began, *MAY_CHANGE).model_dump(exclude={"samples"}))
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
     plan = _read_plan(out / PLAN)
-    if plan["data"] != corpus.fingerprint:
-        raise ConfigError(
-            f"{out} began with other data: {plan['data'][:16]}, now {corpus.fingerprint[:16]}", hint="give the --data it began with"
-        )
+    if plan["data"] != fingerprint:
+        raise ConfigError(f"{out} began with other data: {plan['data'][:16]}, now {fingerprint[:16]}", hint="give the --data it began with")
     if start_hash is not None and plan.get("start") != start_hash:
-        raise ConfigError(
-            f"{out} began from other weights than model.start = {recipe.model.start!r} holds now", hint="choose another --out"
-        )
+        raise ConfigError(f"{out} began from other weights than model.start holds now", hint="choose another --out")
     for name, now in (("torch", torch.__version__), ("device", str(device))):
         if plan[name] != now:
             console().print(f"the run began with {name} {plan[name]}, now {now}: sums may differ in their last digits", markup=False)
@@ -70,19 +74,19 @@ def _read_plan(file: Path) -> dict[str, Any]:
     return plan
 
 
-def begin_run(recipe: PretrainRecipe, corpus: Corpus, out: Path, device: torch.device, start_hash: str | None) -> None:
+def begin_run(recipe: StageRecipe, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> None:
     """Clear what a killed run left half written, and save recipe and plan of a run that begins now.
 
     To be called last of all preparations, so that a failed start leaves nothing behind.
     """
     clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     if not (out / RECIPE).exists():
-        plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": corpus.fingerprint}
+        plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
         atomic_write_json(out / PLAN, plan | ({"start": start_hash} if start_hash else {}))
         atomic_write(out / RECIPE, dump_toml(recipe))
 
 
-def _same(recipe: PretrainRecipe, other: PretrainRecipe, *names: str) -> PretrainRecipe:
+def _same(recipe: R, other: R, *names: str) -> R:
     """Return the recipe with these fields of another's ``run``."""
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={name: getattr(other.run, name) for name in names})})
 

@@ -45,6 +45,11 @@ def check_start(start: str, config: ModelConfig, tokenizer: Tokenizer) -> str:
             f"model.start = {start!r} is of another shape than the run's model; different: {', '.join(differ)}",
             hint="set model.preset and model.overrides to those of the checkpoint",
         )
+    return start_hash(folder)
+
+
+def start_hash(folder: Path) -> str:
+    """Return what identifies the weights that a run begins from: sha256 of their manifest, or of config.json where there is none."""
     named = folder / MANIFEST
     return sha256_of(named if named.is_file() else folder / "config.json")
 

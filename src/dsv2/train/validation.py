@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dsv2.data.loader import sequential_batches
-from dsv2.data.packing import IGNORE, Rows
+from dsv2.data.packing import IGNORE, Rows, RowSource
 from dsv2.data.shards import TokenShards
 from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
@@ -22,8 +22,8 @@ class DomainLoss:
 
     Args:
         nll: summed over its labels, nats.
-        num_labels: every token but each document's BOS; the end of a document counts.
-        num_bytes: UTF-8 bytes of its documents.
+        num_labels: of documents every token but the BOS, ends included; of conversations what the assistant writes.
+        num_bytes: UTF-8 bytes of that text.
         assignments: [L][E] tokens that each MoE layer sent to each expert, of those that have a label; empty without MoE layers.
     """
 
@@ -55,24 +55,29 @@ def validate(
 
     A row begins without context, so the figure is for windows of ``seq_len`` tokens.
     """
+    return {
+        domain: score_rows(model, Rows(shards, seq_len, domain), shards.num_bytes(domain), batch_rows=batch_rows, autocast=autocast)
+        for domain in shards.domains
+    }
+
+
+def score_rows(model: Transformer, rows: RowSource, num_bytes: int, *, batch_rows: int, autocast: torch.dtype | None) -> DomainLoss:
+    """Score every label of some rows once; ``num_bytes``: of the text that the labels are."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    result = {}
-    for domain in shards.domains:
-        nll, num_labels, assignments = 0.0, 0, None
-        for batch in sequential_batches(Rows(shards, seq_len, domain), batch_rows):
-            batch = batch.to(device)
-            with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                output = model(batch.tokens, batch.positions, batch.document_ids)
-                nll += token_nll(model, output.hidden, batch.labels).item()
-            num_labels += batch.num_labels
-            counted = _assignments(output.router_stats, batch.labels != IGNORE)
-            assignments = counted if assignments is None or counted is None else assignments + counted
-        layers = () if assignments is None else tuple(tuple(layer) for layer in assignments.tolist())
-        result[domain] = DomainLoss(nll, num_labels, shards.num_bytes(domain), layers)
+    nll, num_labels, assignments = 0.0, 0, None
+    for batch in sequential_batches(rows, batch_rows):
+        batch = batch.to(device)
+        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            output = model(batch.tokens, batch.positions, batch.document_ids)
+            nll += token_nll(model, output.hidden, batch.labels).item()
+        num_labels += batch.num_labels
+        counted = _assignments(output.router_stats, batch.labels != IGNORE)
+        assignments = counted if assignments is None or counted is None else assignments + counted
     model.train(was_training)
-    return result
+    layers = () if assignments is None else tuple(tuple(layer) for layer in assignments.tolist())
+    return DomainLoss(nll, num_labels, num_bytes, layers)
 
 
 def _assignments(stats: Sequence[RouterStats], scored: Bool[Tensor, "batch tokens"]) -> Int64[Tensor, "layers experts"] | None:
