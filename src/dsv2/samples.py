@@ -22,7 +22,7 @@ from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe
-from dsv2.train.run_folder import RECIPE
+from dsv2.train.run_folder import require_resume
 from dsv2.train.samples import SamplesSection
 from dsv2.train.sft import fine_tune, open_start
 from dsv2.train.sft_data import open_conversations
@@ -48,7 +48,7 @@ def run(
         DataError: missing or damaged data.
     """
     loaded = load_recipe(recipe, PretrainRecipe, folder="pretrain", overrides=overrides)
-    _require_resume(out, resume)
+    require_resume(out, resume)
     corpus = Corpus.open(data)
     pretrain(loaded, corpus, out, tensorboard=tensorboard, sample=recipe_sampler(loaded, corpus.tokenizer))
 
@@ -84,20 +84,11 @@ def sft(
     is_recipe = target.endswith(".toml") or target in recipe_names("sft") or not (is_model_id(target) or Path(target).exists())
     given = overrides if is_recipe else [f"model.start={json.dumps(target)}", *overrides]
     recipe = load_recipe(target if is_recipe else "default", SftRecipe, folder="sft", overrides=given)
-    _require_resume(out, resume)
-    start = open_start(recipe)
+    require_resume(out, resume)
+    start = open_start(recipe.model, recipe.run.seq_len)
     conversations = open_conversations(recipe, start.tokenizer, data, validation=validation, fim_documents=fim_documents)
     sample = answer_sampler(recipe, start.config.max_position_embeddings, start.tokenizer)
     fine_tune(recipe, start, conversations, out, tensorboard=tensorboard, sample=sample)
-
-
-def _require_resume(out: Path, resume: bool) -> None:
-    """Let a run be continued only when that was asked for, and only where there is one."""
-    exists = (out / RECIPE).exists()
-    if exists and not resume:
-        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
-    if resume and not exists:
-        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
 
 
 def recipe_sampler(recipe: PretrainRecipe, tokenizer: Tokenizer) -> Callable[[Transformer], Sequence[Sample]]:

@@ -40,6 +40,21 @@ VERBS: dict[str, Verb] = {
         "Fine-tune a model on conversations.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
+    "reward": Verb(
+        "dsv2.rl.reward_training:run",
+        "Train a reward model on judged answers.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
+    "dpo": Verb(
+        "dsv2.rl.dpo:run",
+        "Train a model on pairs of answers, offline.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
+    "grpo": Verb(
+        "dsv2.rl.grpo:run",
+        "Improve a chat model by rewards on its own answers.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
     "generate": Verb(
         "dsv2.engine.terminal:generate", "Continue a prompt, or files of them.", "run the same command again; answers of files are kept"
     ),
@@ -51,7 +66,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
-TRAINING = ("tour", "pretrain", "sft")
+TRAINING = ("tour", "pretrain", "sft", "reward", "dpo", "grpo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +243,90 @@ def sft(
     """
     given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
     return Call("sft", {**given, "fim_documents": fim_documents or [], "resume": resume, "tensorboard": tensorboard})
+
+
+StageTarget = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+    ),
+]
+Preferences = Annotated[list[Path], typer.Option("--data", metavar="FILE|DIR", help="Judged answers (jsonl, parquet); may be repeated.")]
+HeldOut = Annotated[
+    list[Path] | None, typer.Option("--validation", metavar="FILE|DIR", help="Held-out ones; without it a share of --data.")
+]
+RunFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")]
+
+
+@_verb(
+    "runs/chat --data pairs.jsonl --out runs/reward",
+    "tour model.start=runs/chat --data pairs.jsonl --validation held-out.jsonl --out runs/reward",
+    "runs/chat loss.kind=logistic data.weights.code=2 --data code.jsonl --data maths.jsonl --out runs/reasoning",
+)
+def reward(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The chat model with one number on its last hidden state. A row has "messages" with "chosen" and "rejected", or ends in an answer that
+    has a "label" or a "score"; what cannot be read is refused and reported. Accuracy and calibration are in the report. docs/reward.md.
+    """
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("reward", {**given, "resume": resume, "tensorboard": tensorboard})
+
+
+@_verb(
+    "runs/chat --data pairs.jsonl --out runs/dpo",
+    "tour model.start=runs/chat loss.beta_dpo=0.3 --data pairs.jsonl --out runs/dpo",
+)
+def dpo(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The reference is the model as it begins; its log-probabilities are computed once and kept in the run's folder. docs/dpo.md."""
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("dpo", {**given, "resume": resume, "tensorboard": tensorboard})
+
+
+@_verb(
+    "arithmetic model.start=runs/chat --out runs/grpo",
+    "v2-reasoning model.start=runs/chat --data problems.jsonl --out runs/reasoning",
+    "arithmetic model.start=runs/chat preset=v2 rollout.group_size=16 --out runs/grpo-v2",
+    "arithmetic model.start=runs/chat --out runs/grpo --resume",
+)
+def grpo(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, rollouts.jsonl.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Prompts (jsonl); may be repeated. None for a task of ours.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+) -> Call:
+    """Each step the model answers some prompts several times, the answers are scored, and those above their group's mean become likelier.
+    A row of --data has "messages" or "prompt", and what its rewards want, such as "answer" or "tests". Objectives: preset=v2, deepseekmath,
+    dr_grpo or dapo, or [objective] field by field. docs/grpo.md.
+    """
+    arguments = {"target": target, "overrides": overrides or [], "data": data or [], "out": out}
+    return Call("grpo", arguments | {"resume": resume, "tensorboard": tensorboard})
 
 
 @_verb(

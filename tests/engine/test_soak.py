@@ -111,7 +111,7 @@ def require_sound(request: Request, output: Output, tokenizer: Tokenizer) -> Non
     assert output.logprobs is None or [entry.token for entry in output.logprobs] == list(tokens)
     if reason != "deadline":
         assert output.prompt_logprobs is None or len(output.prompt_logprobs) == len(request.tokens) - 1
-        assert not request.record_experts or (output.experts is not None and len(output.experts) >= len(request.tokens) + len(tokens) - 1)
+        assert not request.record_experts or (output.experts is not None and len(output.experts) == len(request.tokens) + len(tokens) - 1)
 
 
 def run(engine: Engine, requests: list[Request], chance: random.Random, compared: set[str]) -> Ends:

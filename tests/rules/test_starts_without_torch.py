@@ -20,7 +20,7 @@ TORCH_FREE = [
     "model/accounting.py", "checkpoint/names.py", "checkpoint/shard.py", "checkpoint/folder.py", "checkpoint/identity.py",
     "checkpoint/generation.py", "checkpoint/hub.py", "checkpoint/manifest.py", "checkpoint/steps.py",
     "engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/sampler.py", "engine/text.py", "engine/constrain.py",
-    "engine/grammar_probe.py", "engine/tier.py", "engine/speculate.py", "tasks/sandbox.py", "tasks/answers.py",
+    "engine/grammar_probe.py", "engine/tier.py", "engine/speculate.py", "tasks/sandbox.py", "tasks/answers.py", "tasks/arithmetic.py",
     "server/protocol.py", "model/yardstick.py", "info",
     "parallel/__init__.py", "parallel/hardware.py", "parallel/routing.py", "parallel/schedules.py", "parallel/layout.py",
     "parallel/memory.py", "parallel/simulate.py", "parallel/served.py", "parallel/serving.py", "parallel/fit.py", "parallel/search.py",

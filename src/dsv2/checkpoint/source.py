@@ -116,12 +116,29 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
+    entries = _entries(file)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        return {name: _view(pages, entry).clone() for name, entry in entries.items()}
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file as its mapped pages, which the system reads when they are used and may drop afterwards.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    entries = _entries(file)
+    with file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # closed when its last tensor goes
+    return {name: _view(pages, entry) for name, entry in entries.items()}
+
+
+def _entries(file: Path) -> Mapping[str, TensorEntry]:
     entries = read_header(file)
     for entry in entries.values():
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{file}: tensor {entry.name!r} has dtype {entry.dtype}; allowed: {', '.join(DTYPES)}")
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages:
-        return {name: _view(pages, entry).clone() for name, entry in entries.items()}
+    return entries
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -137,7 +154,7 @@ class ModelSource:
         self.config = model.config
         self._state = model.state_dict()
         quantised = any(tensor.dtype == torch.int8 for tensor in self._state.values())
-        names = [name for name, _ in expected_shapes(model.config, quantised)]
+        names = [name for name, _ in expected_shapes(model.config, quantised, model.head)]
         self.specs = {name: _spec(locate(self._state, name)) for name in names}
 
     def read(self, name: str) -> Tensor:

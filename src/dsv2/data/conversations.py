@@ -100,7 +100,7 @@ def read_conversations(paths: Sequence[str | Path], report: ReadingReport) -> It
     for file in files:
         if file.layout == "text":
             raise DataError(f"{file} holds text, not conversations", hint=f"readable are {READABLE}")
-        for number, row in _rows(file):
+        for number, row in rows_of(file):
             place = f"{file}:{number}"
             report.rows += 1
             try:
@@ -116,7 +116,7 @@ def read_conversations(paths: Sequence[str | Path], report: ReadingReport) -> It
         raise DataError(f"no conversation in {', '.join(given) or 'no file'}: {seen}", hint="docs/sft.md shows the forms that are read")
 
 
-def _rows(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the fields of each row; a blank line has a number and is left out."""
     if file.layout == "parquet":
         yield from enumerate(_parquet(file), 1)

@@ -124,9 +124,13 @@ class Answer:
             index=self.index,
             prompt_logprobs=tuple(self.prompt_logprobs) if reason is not None and params.prompt_logprobs is not None else None,
             cached_tokens=self.seq.num_hit,
-            experts=np.stack(self.experts) if reason is not None and self.request.record_experts and self.experts else None,
+            experts=self._read_experts() if reason is not None and self.request.record_experts and self.experts else None,
             error=error,
         )
+
+    def _read_experts(self) -> NDArray[np.integer[Any]]:
+        """Return the experts of all tokens but the last, which nobody read; behind them may stand those of drafts that were not taken."""
+        return np.stack(self.experts[: len(self.request.tokens) + max(self.num_new, 1) - 1])
 
 
 def joined(parts: Ordered[Output]) -> Output:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv2.kernels.autocast import compute_dtype
 from dsv2.kernels.cross_entropy import LinearCrossEntropy
 from dsv2.kernels.grouped import GroupedSwiGLU
+from dsv2.kernels.log_probs import LinearLogProbs
 
 _BF16_TILE = 64
 
@@ -84,4 +85,15 @@ def linear_cross_entropy(
     """
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, ignore, compute_dtype(hidden), gradients)
+    return out
+
+
+def linear_log_probs(
+    hidden: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"], tokens: Int[Tensor, " tokens"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Return the log-probability of each token under softmax(hidden weight^T), and the entropy of that distribution, nats, fp32.
+
+    The log-probabilities carry a gradient, the entropies none. The product follows autocast.
+    """
+    out: tuple[Tensor, Tensor] = LinearLogProbs.apply(hidden, weight, tokens, compute_dtype(hidden))
     return out

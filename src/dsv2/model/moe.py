@@ -1,6 +1,6 @@
 """DeepSeekMoE: shared experts plus routed experts make one feed-forward layer (eq 20)."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2.kernels.autocast import compute_dtype
@@ -23,17 +23,21 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, config.shared_intermediate_size) if config.shared_intermediate_size else None
 
     def forward(
-        self, x: Float[Tensor, "batch tokens hidden"], dropping: Dropping | None = None
+        self,
+        x: Float[Tensor, "batch tokens hidden"],
+        dropping: Dropping | None = None,
+        chosen: Int[Tensor, "batch tokens chosen"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], RouterStats]:
         """Return the layer's output without residual, and what the router did.
 
         Args:
             x: normalised hidden states.
             dropping: device-level token dropping (section 2.2.4); None: nothing is dropped. A dropped assignment's gate is 0.
+            chosen: experts to send each token to, instead of the router's choice.
         """
         batch_shape = x.shape[:2]
         flat = x.flatten(0, 1)
-        routing = self.gate(flat)
+        routing = self.gate(flat, None if chosen is None else chosen.flatten(0, 1))
         kept, gates = None, routing.gates
         if dropping is not None:
             kept = drop_assignments(routing, dropping, self.config)

@@ -52,36 +52,40 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
-    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        """Route N tokens."""
+    def forward(self, x: Float[Tensor, "tokens hidden"], chosen: Int[Tensor, "tokens chosen"] | None = None) -> Routing:
+        """Route N tokens; to the ``chosen`` experts where they are given."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 logits would flip near-ties between experts
-            return route(F.linear(x.to(dtype), self.weight.to(dtype)), self.config)
+            return route(F.linear(x.to(dtype), self.weight.to(dtype)), self.config, chosen)
 
 
-def route(logits: Float[Tensor, "tokens experts"], config: ModelConfig) -> Routing:
+def route(logits: Float[Tensor, "tokens experts"], config: ModelConfig, chosen: Int[Tensor, "tokens chosen"] | None = None) -> Routing:
     """Choose every token's experts from its router logits (eq 20-22, section 2.2.2).
 
     Args:
         logits: u_t . e_i, fp32.
         config: ``topk_method``, ``num_experts_per_tok``, groups and gate scaling.
+        chosen: experts that were chosen before, as reinforcement learning replays those of its rollouts; their gates are of today's logits.
 
     Returns:
         The routing. Gates are the softmax over *all* experts at the chosen ones: not renormalised unless ``norm_topk_prob``. Equal
         affinities go to the lower index.
     """
-    assert config.num_experts_per_tok is not None
     affinity = logits.softmax(dim=-1)
-    candidates = affinity.detach()
-    if config.topk_method == "group_limited_greedy":
-        candidates = limit_groups(candidates, config.n_group, config.topk_group)
-    experts = _top(candidates, config.num_experts_per_tok)
+    experts = _choose(affinity.detach(), config) if chosen is None else chosen
     gates = affinity.gather(1, experts)
     if config.norm_topk_prob:
         gates = gates / gates.sum(dim=-1, keepdim=True)
     if config.routed_scaling_factor != 1.0:
         gates = gates * config.routed_scaling_factor
     return Routing(affinity, experts, gates)
+
+
+def _choose(candidates: Float[Tensor, "tokens experts"], config: ModelConfig) -> Int[Tensor, "tokens chosen"]:
+    assert config.num_experts_per_tok is not None
+    if config.topk_method == "group_limited_greedy":
+        candidates = limit_groups(candidates, config.n_group, config.topk_group)
+    return _top(candidates, config.num_experts_per_tok)
 
 
 def limit_groups(affinity: Float[Tensor, "tokens experts"], n_group: int, topk_group: int) -> Float[Tensor, "tokens experts"]:

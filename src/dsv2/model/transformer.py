@@ -1,6 +1,7 @@
 """Tokens to hidden states to logits: the blocks of section 2 stacked, pre-norm, with a final norm and a head."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv2.model.attention import LatentAttention
 from dsv2.model.cache import LatentCache
-from dsv2.model.config import ModelConfig
+from dsv2.model.config import Head, ModelConfig
 from dsv2.model.dropping import Dropping
 from dsv2.model.layers import RMSNorm, SwiGLU
 from dsv2.model.moe import MoE
@@ -49,12 +50,13 @@ class Block(nn.Module):
         segments: Segments | None,
         cache: LatentCache | None,
         dropping: Dropping | None = None,
+        chosen: Int[Tensor, "batch tokens chosen"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens hidden"], RouterStats | None]:
         """Return the block's output and, for a MoE layer, its router's statistics."""
         x = x + self.self_attn(self.input_layernorm(x), turn, segments=segments, cache=cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed, dropping)
+            out, stats = self.mlp(normed, dropping, chosen)
             return x + out, stats
         return x + self.mlp(normed), None
 
@@ -72,14 +74,20 @@ class Body(nn.Module):
 class Transformer(nn.Module):
     """A DeepSeek-V2 model. Its weights mean nothing until ``initialise`` or a checkpoint fills them."""
 
+    head: ClassVar[Head] = "lm_head"
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
         self.frequencies = rope_frequencies(config)  # no buffer: a cast of the model to bf16 must not round them
+        self.add_head()
+
+    def add_head(self) -> None:
+        """Put the head on the body; a reward model has another."""
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
@@ -90,6 +98,7 @@ class Transformer(nn.Module):
         *,
         dropping: Dropping | None = None,
         recompute: bool = False,
+        experts: Int[Tensor, "layers batch tokens chosen"] | None = None,
     ) -> ModelOutput:
         """Run the stack; the head is separate (``logits``), so that a loss can take the vocabulary in pieces.
 
@@ -100,6 +109,7 @@ class Transformer(nn.Module):
             cache: latents of earlier tokens; then ``positions`` must say where the new ones stand.
             dropping: of a training step that drops tokens; None: every expert computes all that is sent to it.
             recompute: keep only each block's input for the backward pass, and compute the block again there: same gradients, less memory.
+            experts: of each MoE layer, the experts to send each token to, instead of the routers' choice (router replay).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -108,10 +118,13 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         stats: list[RouterStats] = []
         for block in self.model.layers:
+            chosen = experts[len(stats)] if experts is not None and isinstance(block.mlp, MoE) else None
             if recompute:  # the model draws no random numbers, so there is no state of them to keep
-                x, layer_stats = checkpoint(block, x, turn, segments, cache, dropping, use_reentrant=False, preserve_rng_state=False)
+                x, layer_stats = checkpoint(
+                    block, x, turn, segments, cache, dropping, chosen, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x, layer_stats = block(x, turn, segments, cache, dropping)
+                x, layer_stats = block(x, turn, segments, cache, dropping, chosen)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return ModelOutput(self.model.norm(x), tuple(stats))

@@ -26,6 +26,19 @@ _WRITTEN = r"recipe\.toml|plan\.json|metrics\.jsonl|step-\d+|diverged-step-\d+\.
 _PLAN_FIELDS = {"threads": int, "torch": str, "device": str, "data": str}
 
 
+def require_resume(out: Path, resume: bool) -> None:
+    """Let a run be continued only when that was asked for, and only where there is one.
+
+    Raises:
+        ConfigError: there is a run and it is not to be resumed, or the other way round.
+    """
+    exists = (out / RECIPE).exists()
+    if exists and not resume:
+        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
+    if resume and not exists:
+        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
+
+
 def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> R:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
 

@@ -25,7 +25,7 @@ from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.sft_data import ConversationData
-from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.sft_recipe import SftRecipe, StartSection
 from dsv2.train.start import begin_weights, start_hash
 from dsv2.train.validation import DomainLoss, score_rows
 
@@ -39,20 +39,20 @@ class StartModel:
     tokenizer: Tokenizer
 
 
-def open_start(recipe: SftRecipe) -> StartModel:
-    """Open the recipe's checkpoint, without its weights.
+def open_start(model: StartSection, seq_len: int) -> StartModel:
+    """Open the checkpoint that a recipe begins from, without its weights.
 
     Raises:
         ConfigError: the recipe names none, or its rows are longer than the model's context.
         CheckpointError: there is none, it is damaged, or it has no tokenizer.
     """
-    if not recipe.model.start:
+    if not model.start:
         raise ConfigError("model.start is empty: which model is to be fine-tuned?", hint="name its checkpoint or run: model.start=PATH")
-    folder = latest_checkpoint(recipe.model.start)
+    folder = latest_checkpoint(model.start)
     config = open_folder(folder).config
-    if recipe.run.seq_len > config.max_position_embeddings:
+    if seq_len > config.max_position_embeddings:
         raise ConfigError(
-            f"run.seq_len = {recipe.run.seq_len} exceeds the model's context of {config.max_position_embeddings} tokens",
+            f"run.seq_len = {seq_len} exceeds the model's context of {config.max_position_embeddings} tokens",
             hint=f"set run.seq_len={config.max_position_embeddings} or less",
         )
     return StartModel(folder, config, Tokenizer.load(folder))

@@ -1,0 +1,95 @@
+"""The recipe of GRPO as data."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dsv2.config import Section
+from dsv2.rl.objective import Objective
+from dsv2.rl.reward import RewardSection
+from dsv2.train.loop import PaceSection
+from dsv2.train.losses import BalanceSection
+from dsv2.train.optimizer import OptimizerSection
+from dsv2.train.recipe import StageRecipe
+from dsv2.train.schedule import LearningRate
+from dsv2.train.sft_recipe import StartSection
+
+
+class GrpoRunSection(PaceSection):
+    """How long, how exactly and how often."""
+
+    steps: int = Field(gt=0, description="batches of rollouts that are drawn and learned from")
+    seq_len: int = Field(default=1024, gt=0, description="most tokens of a prompt with its answer")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32", description="of the trainer's products; with bf16 its log-probabilities are further from the engine's"
+    )
+    loader_workers: Literal[0] = Field(default=0, description="none: prompts are at hand")
+    profile_steps: Literal[0] = Field(default=0, description="none: no profile is taken")
+    validate_every: int = Field(default=20, gt=0, description="steps between evaluations on held-out prompts")
+    sample_every: int = Field(default=20, gt=0, description="steps between the rollouts that are shown")
+
+
+class RolloutSection(Section):
+    """What a step samples."""
+
+    prompts: int = Field(default=32, gt=0, description="prompts a step")
+    group_size: int = Field(default=8, gt=1, description="G, answers to a prompt")
+    max_tokens: int = Field(default=256, gt=0, description="longest answer; longer ones are cut")
+    max_batch: int = Field(default=64, gt=0, description="answers that the engine writes at once")
+    cache_gb: float | None = Field(default=None, gt=0, description="of the engine's cache, 1e9 bytes; absent: as much as the answers want")
+    tool: Literal["none", "calculator"] = Field(default="none", description="that the policy may call; what it writes is not learned")
+    replay: bool = Field(default=True, description="train with the experts that the rollouts went through (router replay)")
+    alarm: float | None = Field(
+        default=None,
+        gt=0,
+        description="mean difference of engine's and trainer's log-probabilities allowed, a single token's may be 100 times that; "
+        "absent: 1e-5 in fp32, 0.05 in bf16",
+    )
+    most_rounds: int = Field(default=3, gt=0, description="rounds of sampling a step, where groups with equal rewards are drawn anew")
+
+
+class UpdateSection(Section):
+    """How a batch of rollouts is learned from."""
+
+    updates: int = Field(default=1, gt=0, description="mu, optimiser steps on the same rollouts")
+    micro_tokens: int = Field(default=8192, gt=0, description="places of one forward and backward, padding included")
+
+
+class ReferenceSection(Section):
+    """The policy that the KL holds the trained one to."""
+
+    refresh_every: int = Field(default=0, ge=0, description="steps after which the policy becomes the reference; 0: the first one stays")
+
+
+class TaskSection(Section):
+    """Where prompts come from: a task of ours, or files (``--data``)."""
+
+    name: Literal["", "arithmetic"] = Field(default="", description="a task that makes its prompts; empty: files")
+    digits: int = Field(default=3, gt=0, le=12, description="of the numbers, for arithmetic")
+    held_out: int = Field(default=200, ge=0, description="prompts that are kept for evaluation")
+    samples: int = Field(default=4, gt=0, description="answers to each of them: k of pass@k")
+
+
+class GrpoBalanceSection(BalanceSection):
+    """Weights of the balance losses; off unless a recipe says otherwise: a policy's few prompts need no even load."""
+
+    expert: float = Field(default=0.0, ge=0, description="alpha_1, evens the load of experts")
+
+
+class GrpoRecipe(StageRecipe):
+    """A run of GRPO: the policy, its prompts, what is rewarded, and the values that go with them."""
+
+    run: GrpoRunSection
+    learning_rate: LearningRate
+    reward: tuple[RewardSection, ...] = Field(description="What is rewarded, and with what weight.")
+    model: StartSection = StartSection()
+    task: TaskSection = TaskSection()
+    preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
+        default=None, description="a paper's objective, in place of [objective]"
+    )
+    objective: Objective = Objective()
+    rollout: RolloutSection = RolloutSection()
+    update: UpdateSection = UpdateSection()
+    reference: ReferenceSection = ReferenceSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    balance: GrpoBalanceSection = GrpoBalanceSection()

@@ -1,0 +1,36 @@
+"""Figures of a step's rollouts, under the names that TRL gives them."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from dsv2.rl.reward import Scores
+from dsv2.rl.rollout import Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int) -> dict[str, Any]:
+    """Return rewards, their spread, lengths and how answers ended; rollouts without a score count in ``unscored`` alone."""
+    known = [reward for reward in scores.total if reward is not None]
+    groups = [[r for r in scores.total[i : i + group_size] if r is not None] for i in range(0, len(rollouts), group_size)]
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    ended = [len(rollout.tokens) for rollout in rollouts if not rollout.truncated]
+    line: dict[str, Any] = {
+        "reward": _mean(known),
+        "reward_std": _mean([statistics.pstdev(group) for group in groups if group]),
+        "frac_reward_zero_std": _mean([float(len(set(group)) <= 1) for group in groups]),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
+        "completions/mean_terminated_length": _mean(ended),
+        "num_tokens": sum(len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in rollouts),
+        "unscored": len(rollouts) - len(known),
+    }
+    for name, values in scores.parts.items():
+        some = [value for value in values if value is not None]
+        line |= {f"rewards/{name}/mean": _mean(some), f"rewards/{name}/std": statistics.pstdev(some) if some else None}
+    return line
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,140 @@
+"""Sums and differences in words, and demonstrations of which a known share is wrong.
+
+A model that learned from such demonstrations answers right about as often as they did, and nearly always within a few tries: what is left
+for reinforcement learning is to select the right answer among those that the model already gives (as V2 reads its own gains, section 4.4).
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv2.errors import ConfigError
+
+Split = Literal["train", "test"]
+
+TEST_SHARE = 0.1  # of the pairs of numbers
+CHINESE_SHARE = 0.25  # of the questions
+
+_QUESTIONS = {
+    ("en", "+"): ("What is {} + {}?", "Calculate {} + {}.", "How much is {} plus {}?", "Add {} and {}.", "{} + {} = ?"),
+    ("en", "-"): ("What is {} - {}?", "Calculate {} - {}.", "How much is {} minus {}?", "What is left of {} without {}?", "{} - {} = ?"),
+    ("zh", "+"): ("{} + {} 等于多少？", "计算 {} + {}。", "{} 加 {} 是多少？"),
+    ("zh", "-"): ("{} - {} 等于多少？", "计算 {} - {}。", "{} 减 {} 是多少？"),
+}
+_NUMBER = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with one number as its answer.
+
+    Args:
+        question: what the user says.
+        answer: digits, without separators.
+        first: the number before the sign; never less than the second in a difference, so that no answer is negative.
+        sign: "+" or "-".
+        second: the number after it.
+    """
+
+    question: str
+    answer: str
+    first: int
+    sign: str
+    second: int
+
+
+def problems(num: int, seed: int, digits: int = 3, split: Split = "train") -> Iterator[Problem]:
+    """Yield problems, sums and differences equally often; some may come twice.
+
+    Args:
+        num: of problems.
+        seed: same seed, same problems.
+        digits: of each of the two numbers.
+        split: which pairs of numbers may occur. A pair belongs to one split in any order and with either sign.
+
+    Raises:
+        ConfigError: numbers without digits.
+    """
+    if digits < 1:
+        raise ConfigError(f"digits = {digits}; a number has at least 1")
+    generator = random.Random(f"arithmetic {seed} {digits} {split}")
+    for _ in range(num):
+        pair = _pair(generator, digits)
+        while split_of(*pair) != split:
+            pair = _pair(generator, digits)
+        sign = generator.choice("+-")
+        first, second = pair if sign == "+" else (max(pair), min(pair))
+        lang = "zh" if generator.random() < CHINESE_SHARE else "en"
+        question = generator.choice(_QUESTIONS[lang, sign]).format(first, second)
+        yield Problem(question, str(first + second if sign == "+" else first - second), first, sign, second)
+
+
+def split_of(first: int, second: int) -> Split:
+    """Return the split of a pair of numbers, whatever their order: by hash, so that it never changes."""
+    pair = f"{min(first, second)} {max(first, second)}".encode()
+    drawn = int.from_bytes(hashlib.blake2b(pair, digest_size=8).digest(), "big") / 2**64
+    return "test" if drawn < TEST_SHARE else "train"
+
+
+def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3) -> Iterator[list[dict[str, str]]]:
+    """Yield conversations of one question and its answer, from the training split.
+
+    Args:
+        num: of conversations.
+        seed: same seed, same conversations.
+        wrong: share of them whose answer is a near miss; exactly so many, at random places.
+        digits: of each number.
+
+    Raises:
+        ConfigError: a share outside of 0 to 1, or numbers without digits.
+    """
+    if not 0 <= wrong <= 1:
+        raise ConfigError(f"wrong = {wrong}; a share is 0 to 1")
+    generator = random.Random(f"demonstrations {seed}")
+    misses = set(generator.sample(range(num), round(wrong * num)))
+    for index, problem in enumerate(problems(num, seed, digits)):
+        answer = near_miss(problem, generator) if index in misses else problem.answer
+        yield [{"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
+
+
+def near_miss(problem: Problem, generator: random.Random) -> str:
+    """Return a wrong answer such as people write: a wrong digit or, half the time where there is one, a carry (a borrow) forgotten."""
+    forgotten = _forgotten_carries(problem)
+    if forgotten and generator.random() < 0.5:
+        return generator.choice(forgotten)
+    digits = list(problem.answer)
+    place = generator.randrange(len(digits))
+    others = [digit for digit in "0123456789" if digit != digits[place] and (digit != "0" or place > 0 or len(digits) == 1)]
+    digits[place] = generator.choice(others)
+    return "".join(digits)
+
+
+def final_number(text: str) -> str | None:
+    """Return the last number of a text as it is written, separators and all; None without one."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def is_correct(text: str, problem: Problem) -> bool:
+    """Tell whether the last number of a text is the answer, digit by digit: 1,234 and 1234.0 are not 1234."""
+    return final_number(text) == problem.answer
+
+
+def _pair(generator: random.Random, digits: int) -> tuple[int, int]:
+    least, most = 10 ** (digits - 1), 10**digits - 1
+    return generator.randint(least, most), generator.randint(least, most)
+
+
+def _forgotten_carries(problem: Problem) -> list[str]:
+    """Return the answers of whoever forgets one carry of a sum, or one borrow of a difference."""
+    found = []
+    for place in range(1, len(str(problem.first)) + 1):
+        first, second = problem.first % 10**place, problem.second % 10**place
+        if problem.sign == "+" and first + second >= 10**place:
+            found.append(str(int(problem.answer) - 10**place))
+        elif problem.sign == "-" and first < second:
+            found.append(str(int(problem.answer) + 10**place))
+    return found

@@ -1,0 +1,183 @@
+"""Rewards of made-up rollouts: what each pays, how they add up, and that whatever goes wrong is no score and never 0."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dsv2.config import load_recipe
+from dsv2.errors import ConfigError
+from dsv2.rl import reward as reward_file
+from dsv2.rl.reward import Part, Rewards, RewardSection, Scores, open_rewards
+from dsv2.tasks.verdict import Verdict
+
+
+def rollout(text="", *, group=0, example=None, tokens=None):
+    return SimpleNamespace(
+        prompt_tokens=(1, 2), tokens=tuple(tokens or text.encode()), text=text, group=group, example={} if example is None else example
+    )
+
+
+def values_of(rollouts, **section):
+    """The values of a single reward."""
+    scores = open_rewards([RewardSection(**section)]).score(rollouts)
+    assert scores.total == scores.parts[section["name"]]
+    return scores.total
+
+
+def fixed(*values):
+    return lambda rollouts: [values[rollout.tokens[0]] for rollout in rollouts]
+
+
+NUMBERED = [rollout(tokens=[i]) for i in range(4)]
+
+
+def test_an_answer_is_right_if_it_says_the_same():
+    rollouts = [rollout(text, example={"answer": "1/2"}) for text in ("The answer is 0.5.", r"so \boxed{\frac12}", "It is 2", "no idea")]
+    assert values_of(rollouts, name="answer") == [1.0, 1.0, 0.0, 0.0]
+    assert values_of([rollout("5")], name="answer") == [None], "nobody knows the truth"
+
+
+def test_exact_answers_are_digits():
+    rollouts = [rollout(text, example={"answer": 1234}) for text in ("1234", "= 1234.", "1,234", "1234.0", "")]
+    assert values_of(rollouts, name="answer", exact=True) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_format_and_length():
+    rollouts = [rollout("<a>\n7</a>"), rollout("<a>7</a> and more")]
+    assert values_of(rollouts, name="format", pattern="<a>.*</a>") == [1.0, 0.0]
+    rollouts = [rollout(tokens=[5] * num) for num in (1, 2, 4, 5)]
+    assert values_of(rollouts, name="length", least_tokens=2, most_tokens=4) == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_code_passes_fails_is_missing_or_could_not_be_run(monkeypatch):
+    """What the machine did is no score; programs are graded together, an answer without one not at all."""
+    outcomes = {"good": "pass", "bad": "fail", "slow": "timeout", "unlucky": "infrastructure"}
+    asked = []
+
+    def grade_all(programs, tests):
+        asked.append((programs, tests))
+        return [Verdict(outcomes[program.split()[1]]) for program in programs]
+
+    monkeypatch.setattr("dsv2.tasks.code.grade_all", grade_all)
+    texts = [f"```python\nimport {name}\n```" for name in outcomes] + ["I cannot."]
+    assert values_of([rollout(text, example={"test_list": ["assert f() == 1"]}) for text in texts], name="code") == [
+        1.0,
+        0.0,
+        0.0,
+        None,
+        0.0,
+    ]
+    assert len(asked) == 1 and len(asked[0][0]) == 4
+    tested = {"tests": {"inputs": ["1"], "outputs": ["2"]}}
+    assert values_of([rollout(texts[0], example=tested), rollout(texts[0])], name="code") == [1.0, None]
+
+
+def test_a_reward_model_sees_the_tokens_and_is_opened_once(monkeypatch):
+    seen = []
+
+    class RewardModel:
+        @classmethod
+        def load(cls, folder):
+            seen.append(folder)
+            return cls()
+
+        def score(self, rows):
+            return [float(sum(row)) for row in rows]
+
+    monkeypatch.setitem(sys.modules, "dsv2.rl.reward_model", SimpleNamespace(RewardModel=RewardModel))
+    rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")])
+    assert seen == [], "not before it is needed"
+    assert [rewards.score(NUMBERED).total for _ in range(2)] == [[3.0, 4.0, 5.0, 6.0]] * 2
+    assert seen == ["rm"]
+
+
+def test_the_sum_is_weighted_and_none_where_a_part_that_counts_is():
+    parts = [
+        Part("a", fixed(1.0, 0.0, None, 1.0), 2.0),
+        Part("b", fixed(0.5, 0.5, 0.5, None), 0.1),
+        Part("seen", fixed(None, 1, 2, 3), 0.0),
+    ]
+    scores = Rewards(parts).score(NUMBERED)
+    assert scores.total == [pytest.approx(2.05), pytest.approx(0.05), None, None]
+    assert scores.parts["seen"] == [None, 1.0, 2.0, 3.0]
+
+
+def test_a_format_is_paid_only_with_a_right_answer():
+    parts = [Part("right", fixed(1.0, 0.0, 1.0, None)), Part("format", fixed(1.0, 1.0, None, 1.0), 0.5, only_with="right")]
+    scores = Rewards(parts).score(NUMBERED)
+    assert scores.total == [1.5, 0.0, None, None]
+    assert scores.parts["format"] == [1.0, 1.0, None, 1.0], "shown as it is"
+
+
+def test_an_exception_costs_one_score_is_counted_and_told_once(capsys):
+    def broken(rollouts):
+        return [1.0 / rollout.tokens[0] for rollout in rollouts]
+
+    rewards = Rewards([Part("broken", broken)])
+    scores = rewards.score(NUMBERED)
+    assert scores.total == [None, 1.0, 0.5, pytest.approx(1 / 3)] and scores.failed == {"broken": 1}
+    rewards.score(NUMBERED)
+    said = capsys.readouterr().err
+    assert said.count("no score") == 1 and "1 of 4 rollouts: ZeroDivisionError" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("values", [[1.0], [float("nan")] * 4, [float("inf")] * 4])
+def test_too_few_values_and_no_numbers_are_no_scores(values):
+    scores = Rewards([Part("odd", lambda rollouts: values if len(rollouts) == 4 else [])]).score(NUMBERED)
+    assert scores.total == [None] * 4 and scores.failed == {"odd": 4}
+
+
+def test_an_interrupt_is_no_failure():
+    def interrupted(rollouts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Rewards([Part("slow", interrupted)]).score(NUMBERED)
+
+
+def test_shuffled_rewards_keep_the_values_of_each_group_and_forget_whose_they_are():
+    rollouts = [rollout(tokens=[group, index], group=group) for group in range(200) for index in range(4)]
+    reward = Part("first", lambda rollouts: [float(r.tokens[1] == 0) for r in rollouts], shuffled=True)
+    seen = Rewards([reward]).score(rollouts).total
+    assert seen == Rewards([reward]).score(rollouts).total, "a resumed run deals alike"
+    assert all(sum(seen[i : i + 4]) == 1 for i in range(0, len(seen), 4))
+    assert 30 < sum(seen[::4]) < 70, "one in four, by chance"
+
+
+def test_scores_join():
+    one, other = (Rewards([Part("a", fixed(0.0, 1.0, None, 3.0))]).score(NUMBERED[half]) for half in (slice(0, 2), slice(2, 4)))
+    joined = Scores.empty() + one + other
+    assert joined.total == joined.parts["a"] == [0.0, 1.0, None, 3.0]
+    longer = joined.with_part("overlong", [-1.0, -0.5, 0.0, 0.0])
+    assert longer.total == [-1.0, 0.5, None, 3.0] and longer.parts["overlong"] == [-1.0, -0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ('name = "answer"\npattern = "x"', "pattern is no option of the reward 'answer'; it has exact"),
+        ('name = "format"', "the reward 'format' needs a pattern"),
+        ('name = "format"\npattern = "("', "is no regular expression"),
+        ('name = "length"\nleast_tokens = 5\nmost_tokens = 4', "least_tokens = 5 and most_tokens = 4 allow no answer"),
+        ('name = "model"', "the reward 'model' needs a folder"),
+        ('name = "anser"', "did you mean 'answer'"),
+    ],
+)
+def test_bad_sections_are_refused(tmp_path, section, says):
+    class Recipe(reward_file.Section):
+        reward: tuple[RewardSection, ...]
+
+    (tmp_path / "r.toml").write_text(f"[[reward]]\n{section}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_recipe(str(tmp_path / "r.toml"), Recipe, folder="grpo")
+    assert says in str(raised.value)
+
+
+def test_labels_must_fit():
+    with pytest.raises(ConfigError, match="two rewards are called 'model'"):
+        open_rewards([RewardSection(name="model", folder="a"), RewardSection(name="model", folder="b")])
+    with pytest.raises(ConfigError, match="only_with = 'anser' of the reward 'length' is none of answer, length"):
+        open_rewards([RewardSection(name="answer"), RewardSection(name="length", most_tokens=9, only_with="anser")])
+    with pytest.raises(ConfigError, match="no reward has a weight"):
+        open_rewards([RewardSection(name="answer", weight=0.0)])

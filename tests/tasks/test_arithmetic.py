@@ -1,0 +1,82 @@
+"""Sums: right answers, splits that share no pair of numbers, demonstrations of which exactly the given share is wrong."""
+
+import random
+
+import pytest
+
+from dsv2.errors import ConfigError
+from dsv2.tasks.arithmetic import Problem, demonstrations, is_correct, near_miss, problems, split_of
+
+
+def test_answers_are_right_and_problems_repeat_with_their_seed():
+    made = list(problems(600, seed=1))
+    assert made == list(problems(600, seed=1)) != list(problems(600, seed=2))
+    for problem in made:
+        assert problem.answer == str(problem.first + problem.second if problem.sign == "+" else problem.first - problem.second)
+        assert problem.question.index(str(problem.first)) <= problem.question.rindex(str(problem.second))
+        assert 100 <= problem.first <= 999 and 100 <= problem.second <= 999 and int(problem.answer) >= 0
+    assert 250 < sum(problem.sign == "+" for problem in made) < 350
+    assert 100 < sum("？" in problem.question or "。" in problem.question for problem in made) < 200
+    assert all(len(str(problem.second)) == 2 for problem in problems(20, seed=1, digits=2))
+
+
+def test_no_pair_of_numbers_is_in_both_splits():
+    pairs = {split: {frozenset((p.first, p.second)) for p in problems(2000, seed=3, split=split)} for split in ("train", "test")}
+    assert not pairs["train"] & pairs["test"] and min(map(len, pairs.values())) > 1900
+    assert split_of(123, 456) == split_of(456, 123)
+    shares = sum(split_of(first, second) == "test" for first in range(100, 200) for second in range(100, 200)) / 10_000
+    assert 0.08 < shares < 0.12
+
+
+def test_exactly_the_given_share_of_demonstrations_is_wrong():
+    for wrong in (0.0, 0.45, 1.0):
+        made = list(demonstrations(400, seed=5, wrong=wrong))
+        right = [message["content"] == p.answer for (_, message), p in zip(made, problems(400, seed=5), strict=True)]
+        assert right.count(False) == round(400 * wrong)
+    question, answer = made[0]
+    assert question["role"] == "user" and answer["role"] == "assistant"
+    assert made == list(demonstrations(400, seed=5, wrong=1.0))
+
+
+def test_a_near_miss_is_wrong_by_one_digit_or_one_carry():
+    generator = random.Random(0)
+    for problem in problems(500, seed=7):
+        miss = near_miss(problem, generator)
+        difference = abs(int(miss) - int(problem.answer))
+        one_digit = len(miss) == len(problem.answer) and sum(a != b for a, b in zip(miss, problem.answer, strict=True)) == 1
+        assert difference and (one_digit or difference in (10, 100, 1000)) and str(int(miss)) == miss
+
+
+def test_forgotten_carries_are_those_of_the_columns():
+    """57 + 68 = 125: the carry of the ones forgotten gives 115, that of the tens 25. 52 - 38 = 14: the borrow forgotten gives 24."""
+    seen = {near_miss(Problem("", "125", 57, "+", 68), random.Random(seed)) for seed in range(200)}
+    assert {"115", "25"} <= seen
+    seen = {near_miss(Problem("", "14", 52, "-", 38), random.Random(seed)) for seed in range(200)}
+    assert "24" in seen and "4" not in seen
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        ("1234", True),
+        ("The answer is 1234.", True),
+        ("500 + 734 = 1234", True),
+        ("答案是1234。", True),
+        ("1234 or 1235", False),
+        ("1,234", False),
+        ("1234.0", False),
+        ("-1234", False),
+        ("01234", False),
+        ("", False),
+        ("no idea", False),
+    ],
+)
+def test_the_last_number_is_the_answer(text, correct):
+    assert is_correct(text, Problem("", "1234", 500, "+", 734)) is correct
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(ConfigError, match="digits = 0"):
+        next(problems(1, seed=0, digits=0))
+    with pytest.raises(ConfigError, match=r"wrong = 1\.5; a share is 0 to 1"):
+        next(demonstrations(1, seed=0, wrong=1.5))
