@@ -29,6 +29,8 @@ SHORT = {
     "prepare": "a.txt --tokenizer t --out o",
     "pretrain": "nano --data d --out o",
     "sft": "run --data d --out o",
+    "reward": "run --data d --out o",
+    "dpo": "run --data d --out o",
     "generate": "run",
     "chat": "run",
     "convert": "m --out o",
@@ -44,6 +46,8 @@ FULL = {
     "prepare": "a.txt b --tokenizer t --out o --domain en --invalid-utf8 replace --recipe clean --decontaminate d --workers 2",
     "pretrain": "nano a.b=1 --data d c=x --out o --resume --tensorboard",
     "sft": "tour a.b=1 --data d --data e --out o --validation v --fim-documents f --resume --tensorboard",
+    "reward": "tour a.b=1 --data d --data e --out o --validation v --resume --tensorboard",
+    "dpo": "tour a.b=1 --data d --out o --validation v --validation w --resume --tensorboard",
     "generate": "run a.jsonl b.txt --prompt - --out o --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype int8"
     " --max-batch 3 --json",
     "chat": "run --system hi --template v2 --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype bf16",

@@ -14,7 +14,7 @@ from typing import Any
 from dsv2.checkpoint.names import SCALE, Shape, is_quantised, published_shapes
 from dsv2.checkpoint.shard import ITEM_BYTES, TensorEntry, read_header
 from dsv2.errors import CheckpointError, ConfigError
-from dsv2.model.config import ModelConfig
+from dsv2.model.config import Head, ModelConfig, head_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,12 +32,14 @@ class ModelFolder:
         config: from config.json.
         entries: every tensor by published name, in the order of ``published_shapes``; int8 weights are followed by their scale.
         quantised: whether it is one of our int8 folders.
+        head: what stands on the last hidden state.
     """
 
     path: Path
     config: ModelConfig
     entries: Mapping[str, TensorEntry]
     quantised: bool
+    head: Head = "lm_head"
 
     @property
     def files(self) -> list[Path]:
@@ -45,8 +47,12 @@ class ModelFolder:
         return sorted({entry.file for entry in self.entries.values()})
 
 
-def open_folder(path: str | Path) -> ModelFolder:
+def open_folder(path: str | Path, head: Head | None = "lm_head") -> ModelFolder:
     """Open a model folder: one ``model.safetensors``, or shards with an index.
+
+    Args:
+        path: the folder.
+        head: that the model must have; None: any.
 
     Raises:
         CheckpointError: a file or tensor is missing, unexpected, damaged, or has another shape or dtype than the config asks for.
@@ -60,18 +66,22 @@ def open_folder(path: str | Path) -> ModelFolder:
         config = ModelConfig.from_dict(fields, source=str(path / "config.json"))
     except ConfigError as error:
         raise CheckpointError(error.message, hint=error.hint) from error
+    found = head_of(fields)
+    if head not in (None, found):
+        kinds = {"lm_head": "a language model", "score": "a reward model"}
+        raise CheckpointError(f"{path} holds {kinds[found]}; {kinds[head or found]} is needed here")
     entries = _weights(path)
     # one name more than there are tensors is enough to find a missing one, and an absurd number of layers costs nothing
-    expected = dict(islice(expected_shapes(config, quantised), len(entries) + 1))
+    expected = dict(islice(expected_shapes(config, quantised, found), len(entries) + 1))
     _require_same_tensors(path, entries, expected)
     stated = fields.get("torch_dtype", fields.get("dtype"))
     _require_dtypes(entries.values(), quantised, _DTYPES.get(str(stated).removeprefix("torch.")))
-    return ModelFolder(path, config, {name: entries[name] for name in expected}, quantised)
+    return ModelFolder(path, config, {name: entries[name] for name in expected}, quantised, found)
 
 
-def expected_shapes(config: ModelConfig, quantised: bool) -> Iterable[tuple[str, Shape]]:
+def expected_shapes(config: ModelConfig, quantised: bool, head: Head = "lm_head") -> Iterable[tuple[str, Shape]]:
     """Yield name and shape of every tensor of a folder; in an int8 one the scales of the rows follow their weight."""
-    for name, shape in published_shapes(config):
+    for name, shape in published_shapes(config, head):
         yield name, shape
         if quantised and is_quantised(name):
             yield name + SCALE, shape[:1]

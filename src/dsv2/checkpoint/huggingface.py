@@ -11,6 +11,7 @@ import torch
 
 from dsv2.checkpoint.folder import INDEX, INT8, SINGLE, expected_shapes, open_folder
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
+from dsv2.checkpoint.names import SCORE
 from dsv2.checkpoint.shard import ShardWriter, TensorSpec
 from dsv2.checkpoint.source import DTYPES, Converted, FolderSource, Source, is_int8, locate, raw_bytes
 from dsv2.errors import CheckpointError
@@ -94,7 +95,7 @@ def fill_model(model: Transformer, source: Source) -> None:
     Raises:
         CheckpointError: the source's tensors are not the model's, or one cannot be read.
     """
-    expected = {name for name, _ in expected_shapes(model.config, is_int8(source))}
+    expected = {name for name, _ in expected_shapes(model.config, is_int8(source), model.head)}
     for name in expected ^ source.specs.keys():
         raise CheckpointError(f"tensor {name!r} is missing from the {'weights' if name in expected else 'model that they are for'}")
     state, total = model.state_dict(), _size(source)
@@ -110,7 +111,7 @@ def fill_model(model: Transformer, source: Source) -> None:
 def write_model(folder: Path, source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and the weights of a source into a folder that exists, shards with an index where one file would be too large."""
     dtype = source.specs["model.embed_tokens.weight"].dtype
-    config = source.config.to_dict(torch_dtype=_NAMES[dtype])
+    config = source.config.to_dict(torch_dtype=_NAMES[dtype], head="score" if SCORE in source.specs else "lm_head")
     atomic_write_json(folder / "config.json", config | ({"quantization_config": INT8} if is_int8(source) else {}))
     shards = plan_shards(source.specs, max_shard_bytes)
     total = _size(source)

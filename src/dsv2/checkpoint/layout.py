@@ -65,7 +65,8 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, *, t
         if is_adapted(model):
             (new / ADAPTER).parent.mkdir()
             save_tensors(new / ADAPTER, adapter_tensors(model))
-        write_generation_config(new, model.config)
+        if model.head == "lm_head":
+            write_generation_config(new, model.config)
         tokenizer.save(new)
         if training is not None:
             _save_training(new / "training", training)
@@ -79,7 +80,7 @@ def load_weights(folder: Path, model: Transformer) -> None:
         CheckpointError: the checkpoint is of another model, or of other adapters.
     """
     if not is_adapted(model):
-        fill_model(model, FolderSource(open_folder(folder)))
+        fill_model(model, FolderSource(open_folder(folder, model.head)))
         return
     saved, own = load_tensors(folder / ADAPTER), adapter_tensors(model)
     for name in saved.keys() | own.keys():

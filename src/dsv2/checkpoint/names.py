@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dsv2.model.config import FLOAT_IN_INT8, ModelConfig
+from dsv2.model.config import FLOAT_IN_INT8, Head, ModelConfig
 
 Shape = tuple[int, ...]
 
+SCORE = "score.weight"  # a reward model's head [1, D], in place of lm_head.weight
 SCALE = "_scale"  # of an int8 weight: its name with this behind it
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(_scale)?")
@@ -36,7 +37,7 @@ def place_of(name: str) -> Place:
     """Return the place of a published tensor."""
     match = _EXPERT.fullmatch(name)
     if match is None:
-        return Place(name)
+        return Place("score_head.weight" if name == SCORE else name)
     prefix, index, kind, scale = match.groups()
     half = {"gate": 0, "up": 1, "down": None}[kind]
     return Place(f"{prefix}.{'down' if half is None else 'gate_up'}_proj{scale or ''}", int(index), half)
@@ -48,7 +49,7 @@ def is_quantised(name: str) -> bool:
     return match is not None and match[1] not in FLOAT_IN_INT8
 
 
-def published_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def published_shapes(config: ModelConfig, head: Head = "lm_head") -> Iterator[tuple[str, Shape]]:
     """Yield name and shape ``[out, in]`` of every tensor, layer by layer."""
     hidden = config.hidden_size
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
@@ -62,7 +63,9 @@ def published_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         else:
             yield from _swiglu(f"{layer}.mlp", hidden, config.intermediate_size)
     yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
+    if head == "score":
+        yield SCORE, (1, hidden)
+    elif not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, hidden)
 
 

@@ -154,7 +154,7 @@ class ModelSource:
         self.config = model.config
         self._state = model.state_dict()
         quantised = any(tensor.dtype == torch.int8 for tensor in self._state.values())
-        names = [name for name, _ in expected_shapes(model.config, quantised)]
+        names = [name for name, _ in expected_shapes(model.config, quantised, model.head)]
         self.specs = {name: _spec(locate(self._state, name)) for name in names}
 
     def read(self, name: str) -> Tensor:

@@ -24,6 +24,8 @@ _FIXED: dict[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "mlp_bias": False, "output_router_logits": False,
     "pretraining_tp": 1, "rope_interleave": True, "scoring_func": "softmax",
 }  # fmt: skip
+Head = Literal["lm_head", "score"]  # of a language model: logits; of a reward model: one number
+_ARCHITECTURES = {"lm_head": "DeepseekV2ForCausalLM", "score": "DeepseekV2ForSequenceClassification"}  # as transformers names them
 _LARGEST = 2**31  # no size, length or factor of a model is near it
 # Projections that an int8 model keeps as they are: the absorbed reading multiplies by the rows of kv_b_proj and by its columns, and it is
 # 1 % of a model.
@@ -178,18 +180,25 @@ class ModelConfig(BaseModel):
         _take_rope(fields, source)
         return _validated(cls, fields, source)
 
-    def to_dict(self, *, torch_dtype: str = "bfloat16") -> dict[str, Any]:
-        """Return the content of a config.json as DeepSeek writes it; ``torch_dtype`` is that of the weights beside it."""
+    def to_dict(self, *, torch_dtype: str = "bfloat16", head: Head = "lm_head") -> dict[str, Any]:
+        """Return the content of a config.json as DeepSeek writes it; ``torch_dtype`` and ``head`` are those of the weights beside it."""
         values = self.model_dump()
         values["num_key_value_heads"] = self.num_attention_heads
         values |= {name: value for name, value in _FIXED.items() if name not in ("mlp_bias", "output_router_logits", "rope_interleave")}
+        if head == "score":
+            values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         return {
-            "architectures": ["DeepseekV2ForCausalLM"],
+            "architectures": [_ARCHITECTURES[head]],
             "model_type": "deepseek_v2",
             **values,
             "torch_dtype": torch_dtype,
             "use_cache": True,
         }
+
+
+def head_of(fields: dict[str, Any]) -> Head:
+    """Return the head that a config.json says its weights have."""
+    return "score" if fields.get("architectures") == [_ARCHITECTURES["score"]] else "lm_head"
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

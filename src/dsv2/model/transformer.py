@@ -1,6 +1,7 @@
 """Tokens to hidden states to logits: the blocks of section 2 stacked, pre-norm, with a final norm and a head."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv2.model.attention import LatentAttention
 from dsv2.model.cache import LatentCache
-from dsv2.model.config import ModelConfig
+from dsv2.model.config import Head, ModelConfig
 from dsv2.model.dropping import Dropping
 from dsv2.model.layers import RMSNorm, SwiGLU
 from dsv2.model.moe import MoE
@@ -73,14 +74,20 @@ class Body(nn.Module):
 class Transformer(nn.Module):
     """A DeepSeek-V2 model. Its weights mean nothing until ``initialise`` or a checkpoint fills them."""
 
+    head: ClassVar[Head] = "lm_head"
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
         self.frequencies = rope_frequencies(config)  # no buffer: a cast of the model to bf16 must not round them
+        self.add_head()
+
+    def add_head(self) -> None:
+        """Put the head on the body; a reward model has another."""
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from dsv2.report.page import (
     duration,
     write_report,
 )
+from dsv2.report.preferences import preference_sections
 from dsv2.report.record import Record, domain_name, in_order, load_record, load_records
 
 
@@ -129,6 +130,7 @@ def sections_of(record: Record, baselines: Mapping[str, Mapping[str, float]], *,
             "How well the model predicts text, and how it came to.",
             [*predicts_section(record, baselines), loss_section(record), *bits_per_byte_section(record)],
         ),
+        ("Preferences", "How well the model tells the better answer.", preference_sections(record)),
         ("Text", "", sample_section(record)),
         ("Steps", "What the optimiser did.", [*optimiser_section(record), *spikes_section(record)]),
         (

@@ -28,7 +28,7 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.diverged import save_batch
 from dsv2.train.dropping import DroppingSection, step_dropping
 from dsv2.train.guard import GuardSection, GuardState, Spike, after_rollback, after_step, find_spike
-from dsv2.train.losses import BalanceSection
+from dsv2.train.losses import BalanceSection, Objective
 from dsv2.train.optimizer import OptimizerSection, optimizer_tensors, restore_optimizer
 from dsv2.train.profiler import profiled
 from dsv2.train.schedule import BatchSize, LearningRate, learning_rate, steps_of
@@ -117,6 +117,8 @@ def train(
     start: TrainingState | None = None,
     validate: Callable[[Transformer], Mapping[str, DomainLoss]] | None = None,
     sample: Callable[[Transformer], Sequence[Sample]] | None = None,
+    objective: Objective | None = None,
+    evaluate: Callable[[Transformer], Mapping[str, Any]] | None = None,
 ) -> None:
     """Run the steps that are left, and leave a checkpoint of the last.
 
@@ -131,6 +133,8 @@ def train(
         start: where the run stands; None: at its beginning.
         validate: held-out loss per domain.
         sample: texts to show; train/ stands upstream of the engine, so who calls brings it.
+        objective: what is minimised; None: the cross-entropy of the labels and the balance losses.
+        evaluate: other figures of held-out data than its loss; as often as ``validate``.
 
     Raises:
         CheckpointError: the checkpoint consumed another number of sequences than the plan says.
@@ -156,7 +160,7 @@ def train(
             here = _Place(step, consumed + loader.rank * (size // loader.world_size), folder)
             if loader.stage(consumed + size - 1) != loader.stage(max(0, consumed - 1)):
                 guard = GuardState()  # other data on purpose: what came before says nothing about its loss
-            result, spike = _step(model, optimizer, next(batches), plan, rate, guard, here)
+            result, spike = _step(model, optimizer, next(batches), plan, rate, guard, here, objective)
             guard = after_step(plan.guard, guard, loss=result.loss, grad_norm=result.grad_norm, skipped=result.skipped)
             if spike is not None:
                 guard = _answer(spike, guard, model, optimizer, plan, metrics, here)
@@ -166,12 +170,14 @@ def train(
             line = _train_line(result, rate, consumed, seq_len, size * seq_len / step_s, elapsed, model.config.n_group)
             if result.load is None or result.load.shares.numel() <= _LARGE_LOAD or step % _LARGE_LOAD_EVERY == 0:
                 line["load"] = _shares(result)
-            metrics.write(step, "train", **line)
+            metrics.write(step, "train", **line, **result.figures)
             progress.advance(1, loss=result.loss, lr=rate, tokens_per_s=size * seq_len / step_s, **_busiest(result))
             last = step == len(steps)
             with profiler.between_steps():
                 if validate is not None and (last or step % plan.run.validate_every == 0):
                     _write_validation(metrics, step, consumed * seq_len, elapsed, validate(model))
+                if evaluate is not None and (last or step % plan.run.validate_every == 0):
+                    metrics.write(step, "evaluation", tokens=consumed * seq_len, elapsed_s=round(elapsed, 3), **evaluate(model))
                 if sample is not None and (last or step % plan.run.sample_every == 0):
                     for prompt, text in sample(model):
                         metrics.write(step, "sample", prompt=prompt, text=text)
@@ -199,6 +205,7 @@ def _step(
     rate: float,
     guard: GuardState,
     here: _Place,
+    objective: Objective | None,
 ) -> tuple[StepResult, Spike | None]:
     """Take one step; return what it did and what stood out, in which case nothing was updated."""
     spikes: list[Spike] = []
@@ -215,6 +222,7 @@ def _step(
         result = train_step(
             model, optimizer, batch.to(device).split(plan.batch.micro_sequences), lr=rate, clip_norm=plan.optimizer.clip_norm,
             balance=plan.balance, autocast=plan.autocast, dropping=dropping, recompute=plan.run.recompute, accept=accept,
+            objective=objective,
         )  # fmt: skip
     except TrainingDiverged as error:
         saved = save_batch(here.folder, batch, step=here.step, first_sample=here.first_sample, error=error.message)

@@ -1,8 +1,8 @@
 """What is minimised: cross-entropy of the next token plus weighted balance losses (eq 23-31)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,14 +35,29 @@ class Losses:
     """Losses of one micro-batch.
 
     Args:
-        nll: summed over its labels, nats.
+        nll: summed over its labels, nats; of another objective its loss, summed over what it counts.
         balance: weighted, summed over layers, averaged over sequences (or of the pooled micro-batch).
         router_stats: of each MoE layer.
+        figures: what else an objective wants to see in the metrics, each summed as ``nll`` is.
     """
 
     nll: Float[Tensor, ""]
     balance: Float[Tensor, ""]
     router_stats: tuple[RouterStats, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a stage minimises in place of the next token's cross-entropy."""
+
+    def count(self, batch: Batch) -> int:
+        """Return how many terms (labels, comparisons) the sum over a batch has: what the mean divides by."""
+        ...
+
+    def losses(self, model: Transformer, batch: Batch, *, recompute: bool) -> Losses:
+        """Return the losses of a micro-batch, with graph."""
+        ...
 
 
 def batch_losses(

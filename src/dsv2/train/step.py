@@ -1,8 +1,9 @@
 """One optimiser step: accumulate, clip, judge, update. No files, no printing."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,7 +11,7 @@ from dsv2.data.batch import Batch
 from dsv2.errors import Dsv2Error
 from dsv2.model.dropping import Dropping
 from dsv2.model.transformer import Transformer
-from dsv2.train.losses import BalanceSection, batch_losses
+from dsv2.train.losses import BalanceSection, Objective, batch_losses
 from dsv2.train.router_load import RouterLoad, router_load
 
 
@@ -28,6 +29,7 @@ class StepResult:
         grad_norm: global, before clipping.
         load: where the routers sent the batch; None without MoE layers.
         skipped: the update was judged and not made.
+        figures: of the objective, means over the batch.
     """
 
     loss: float
@@ -35,6 +37,7 @@ class StepResult:
     grad_norm: float
     load: RouterLoad | None
     skipped: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -49,6 +52,7 @@ def train_step(
     dropping: Dropping | None = None,
     recompute: bool = False,
     accept: Callable[[float, float], bool] | None = None,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Take one step on a batch given as equal micro-batches.
 
@@ -66,39 +70,49 @@ def train_step(
         dropping: of the whole batch's sequences; None: nothing is dropped.
         recompute: compute blocks again in the backward pass instead of keeping what they computed.
         accept: told loss and gradient norm (before clipping); False: the update is not made, weights and moments stay.
+        objective: what is minimised; None: the cross-entropy of the labels and the balance losses.
 
     Raises:
         TrainingDiverged: loss or gradient is not finite; the model is left as it was before the step.
     """
-    num_labels = max(1, sum(batch.num_labels for batch in micro_batches))  # a batch of padding alone has no loss
+    counts = (batch.num_labels if objective is None else objective.count(batch) for batch in micro_batches)
+    num_terms = max(1, sum(counts))  # a batch of padding alone has no loss
+    figures: defaultdict[str, float] = defaultdict(float)
     nll, balance_sum, row, load = 0.0, 0.0, 0, None
     for number, batch in enumerate(micro_batches):
         own_dropping = None if dropping is None else dropping.rows(row, row + len(batch.tokens))
         row += len(batch.tokens)
         with torch.autocast(batch.tokens.device.type, dtype=autocast, enabled=autocast is not None):
-            losses = batch_losses(model, batch, balance, dropping=own_dropping, recompute=recompute)
+            losses = (
+                batch_losses(model, batch, balance, dropping=own_dropping, recompute=recompute)
+                if objective is None
+                else objective.losses(model, batch, recompute=recompute)
+            )
+        for name, value in losses.figures.items():
+            figures[name] += value
         nll += losses.nll.item()
         balance_sum += losses.balance.item()
         if not math.isfinite(nll + balance_sum):
             optimizer.zero_grad(set_to_none=True)
             raise _diverged(f"loss {losses.nll.item()}, balance loss {losses.balance.item()} in micro-batch {number}")
-        (losses.nll / num_labels + losses.balance / len(micro_batches)).backward()
+        (losses.nll / num_terms + losses.balance / len(micro_batches)).backward()
         counted = router_load(losses.router_stats, model.config.n_group)
         load = counted if load is None or counted is None else load + counted
     total_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     grad_norm = total_norm.item()
     if not math.isfinite(grad_norm):
-        error = _diverged(f"loss {nll / num_labels}, gradient norm {grad_norm}, first at {_first_bad_gradient(model)}")
+        error = _diverged(f"loss {nll / num_terms}, gradient norm {grad_norm}, first at {_first_bad_gradient(model)}")
         optimizer.zero_grad(set_to_none=True)
         raise error
-    accepted = accept is None or accept(nll / num_labels, grad_norm)
+    accepted = accept is None or accept(nll / num_terms, grad_norm)
     if accepted:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, total_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(nll / num_labels, balance_sum / len(micro_batches), grad_norm, load, not accepted)
+    means = {name: value / num_terms for name, value in figures.items()}
+    return StepResult(nll / num_terms, balance_sum / len(micro_batches), grad_norm, load, not accepted, means)
 
 
 def _diverged(what: str) -> TrainingDiverged:

@@ -63,6 +63,20 @@ MaxLen = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens of prompt and answer that the cache is made for; without it all it can hold.")
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; without it torch decides.")]
+StageTarget = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
+    ),
+]
+Preferences = Annotated[list[Path], typer.Option("--data", metavar="FILE|DIR", help="Judged answers (jsonl, parquet); may be repeated.")]
+HeldOut = Annotated[
+    list[Path] | None, typer.Option("--validation", metavar="FILE|DIR", help="Held-out ones; without it a share of --data.")
+]
+RunFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")]
 
 
 @app.callback(invoke_without_command=True, epilog="`dsv2 VERB --help` explains a verb. To begin: dsv2 tour --out tour")

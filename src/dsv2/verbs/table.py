@@ -30,6 +30,16 @@ VERBS: dict[str, Verb] = {
         "Fine-tune a model on conversations.",
         "run the same command with --resume; it continues from the last checkpoint",
     ),
+    "reward": Verb(
+        "dsv2.rl.reward_training:run",
+        "Train a reward model on judged answers.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
+    "dpo": Verb(
+        "dsv2.rl.dpo:run",
+        "Train a model on pairs of answers, offline.",
+        "run the same command with --resume; it continues from the last checkpoint",
+    ),
     "grpo": Verb(
         "dsv2.rl.grpo:run",
         "Improve a chat model by rewards on its own answers.",
@@ -46,7 +56,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb("dsv2.plan:run", "Plan training or serving on a cluster: memory, time, cost.", "run the same command again"),
     "doctor": Verb("dsv2.doctor:run", "Say what this machine offers and what is missing.", "run the same command again"),
 }
-TRAINING = ("tour", "pretrain", "sft", "grpo")
+TRAINING = ("tour", "pretrain", "sft", "reward", "dpo", "grpo")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,21 @@ from typing import Annotated
 
 import typer
 
-from dsv2.verbs.options import InvalidUtf8, OutFolder, Sources, SourcesAndValues, text, verb
+from dsv2.verbs.options import (
+    HeldOut,
+    InvalidUtf8,
+    OutFolder,
+    Overrides,
+    Preferences,
+    Resume,
+    RunFolder,
+    Sources,
+    SourcesAndValues,
+    StageTarget,
+    Tensorboard,
+    text,
+    verb,
+)
 from dsv2.verbs.table import Call
 
 
@@ -67,10 +81,10 @@ def prepare(
 def pretrain(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a TOML file.")],
     data: Annotated[Path, typer.Option(metavar="DIR", help="Holds tokenizer/, train/ and, if wanted, validation/.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+    out: RunFolder,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
 ) -> Call:
     """The recipe says what to train and how; KEY=VALUE replaces single values, such as learning_rate.warmup_steps=100."""
     arguments = {"recipe": recipe, "overrides": overrides or [], "data": data, "out": out, "resume": resume, "tensorboard": tensorboard}
@@ -85,23 +99,18 @@ def pretrain(
     "runs/nano --data chats.jsonl --out runs/chat --resume",
 )
 def sft(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
-        ),
-    ],
+    target: StageTarget,
     data: Annotated[list[Path], typer.Option(metavar="FILE|DIR", help="Conversations (jsonl, jsonl.gz, parquet); may be repeated.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, resolved recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    out: RunFolder,
+    overrides: Overrides = None,
     validation: Annotated[
         list[Path] | None, typer.Option(metavar="FILE|DIR", help="Held-out conversations; without it a share of --data.")
     ] = None,
     fim_documents: Annotated[
         list[Path] | None, typer.Option(metavar="FILE|DIR", help="Code for data.fim_share; without it the code in the answers.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
 ) -> Call:
     """The loss is on what the assistant writes and on the tokens that end its turns; samples are packed and see only themselves. A row has
     "messages", "prompt" and "completion", "conversations" (ShareGPT) or "instruction" and "output" (Alpaca), with "tools" where it calls
@@ -112,25 +121,59 @@ def sft(
 
 
 @verb(
+    "runs/chat --data pairs.jsonl --out runs/reward",
+    "tour model.start=runs/chat --data pairs.jsonl --validation held-out.jsonl --out runs/reward",
+    "runs/chat loss.kind=logistic data.weights.code=2 --data code.jsonl --data maths.jsonl --out runs/reasoning",
+)
+def reward(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The chat model with one number on its last hidden state. A row has "messages" with "chosen" and "rejected", or ends in an answer that
+    has a "label" or a "score"; what cannot be read is refused and reported. Accuracy and calibration are in the report. docs/reward.md.
+    """
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("reward", {**given, "resume": resume, "tensorboard": tensorboard})
+
+
+@verb(
+    "runs/chat --data pairs.jsonl --out runs/dpo",
+    "tour model.start=runs/chat loss.beta_dpo=0.3 --data pairs.jsonl --out runs/dpo",
+)
+def dpo(
+    target: StageTarget,
+    data: Preferences,
+    out: RunFolder,
+    overrides: Overrides = None,
+    validation: HeldOut = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+) -> Call:
+    """The reference is the model as it begins; its log-probabilities are computed once and kept in the run's folder. docs/dpo.md."""
+    given = {"target": target, "overrides": overrides or [], "data": data, "validation": validation or [], "out": out}
+    return Call("dpo", {**given, "resume": resume, "tensorboard": tensorboard})
+
+
+@verb(
     "arithmetic model.start=runs/chat --out runs/grpo",
     "v2-reasoning model.start=runs/chat --data problems.jsonl --out runs/reasoning",
     "arithmetic model.start=runs/chat preset=v2 rollout.group_size=16 --out runs/grpo-v2",
     "arithmetic model.start=runs/chat --out runs/grpo --resume",
 )
 def grpo(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|PATH", help="A recipe's name or TOML file, with model.start=PATH; or the model, for the recipe default."
-        ),
-    ],
+    target: StageTarget,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, rollouts.jsonl.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to replace in the recipe.")] = None,
+    overrides: Overrides = None,
     data: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Prompts (jsonl); may be repeated. None for a task of ours.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint of the run.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard as well.")] = False,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
 ) -> Call:
     """Each step the model answers some prompts several times, the answers are scored, and those above their group's mean become likelier.
     A row of --data has "messages" or "prompt", and what its rewards want, such as "answer" or "tests". Objectives: preset=v2, deepseekmath,

@@ -1,0 +1,116 @@
+"""What a run on preferences reads: packed answers, held-out ones, and how they came about."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv2.data.conversations import ReadingReport
+from dsv2.data.preference_filters import filtered, in_proportion
+from dsv2.data.preference_rows import JudgedAnswers, PreferenceRows, render_preferences
+from dsv2.data.preferences import Preference, read_preferences
+from dsv2.errors import DataError
+from dsv2.rl.preference_recipe import PreferenceRecipe
+from dsv2.tokenizer.tokenizer import Tokenizer
+
+Paths = Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceData:
+    """Everything that a run reads, rendered and packed.
+
+    Args:
+        rows: to train on.
+        held_out: by domain; empty without any.
+        tokenizer: of the model.
+        num_preferences: trained on, by domain.
+        reports: what was read and refused, of the training files and of the validation files.
+    """
+
+    rows: PreferenceRows
+    held_out: dict[str, PreferenceRows]
+    tokenizer: Tokenizer
+    num_preferences: dict[str, int]
+    reports: dict[str, ReadingReport]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all answers and the tokenizer: equal fingerprints are equal data."""
+        parts = [rows.answers.fingerprint for rows in (self.rows, *self.held_out.values())]
+        return hashlib.sha256(" ".join([*parts, self.tokenizer.fingerprint]).encode()).hexdigest()
+
+
+def open_preferences(
+    recipe: PreferenceRecipe,
+    tokenizer: Tokenizer,
+    paths: Paths,
+    *,
+    validation: Paths = (),
+    form: Callable[[Preference], list[Preference]] = lambda preference: [preference],
+) -> PreferenceData:
+    """Read, filter, weigh, render and pack what a run trains on and what it is validated on.
+
+    Args:
+        recipe: says how.
+        tokenizer: of the model.
+        paths: files and folders of preferences.
+        validation: those held out; without any the recipe's share of the prompts. They are not weighed.
+        form: what the loss makes of a preference; raises DataError where it can make nothing of it.
+
+    Raises:
+        DataError: a file is missing or damaged, more rows are refused than the recipe allows, or none is left.
+        ConfigError: the template does not fit the tokenizer, or a weight names no source.
+    """
+    section = recipe.data
+    reports = {"training": ReadingReport()} | ({"validation": ReadingReport()} if validation else {})
+    share = 0.0 if validation else section.validation_share
+
+    def read(name: str, files: Paths) -> list[Preference]:
+        kept = filtered(
+            list(read_preferences(files, reports[name])), reports[name],
+            drop_contradictions=section.drop_contradictions, max_length_ratio=section.max_length_ratio,
+        )  # fmt: skip
+        return [one for preference in kept for one in form(preference)]
+
+    def render(preferences: list[Preference], name: str) -> JudgedAnswers:
+        return render_preferences(
+            preferences, tokenizer, template=section.template, seq_len=recipe.run.seq_len, too_long=section.too_long, report=reports[name]
+        )
+
+    training = read("training", paths)
+    held = read("validation", validation) if validation else [one for one in training if _is_held_out(one, share)]
+    if not validation:
+        training = [one for one in training if not _is_held_out(one, share)]
+    training = in_proportion(training, section.weights)
+    name = "validation" if validation else "training"
+    by_domain = {domain: [one for one in held if one.domain == domain] for domain in dict.fromkeys(one.domain for one in held)}
+    rows = _packed(render(training, "training"), recipe, tokenizer)
+    held_out = {domain: _packed(render(preferences, name), recipe, tokenizer) for domain, preferences in by_domain.items()}
+    for which, report in reports.items():
+        _require_few_refused(which, report, section.max_refused)
+    return PreferenceData(rows, held_out, tokenizer, dict(Counter(one.domain for one in training)), reports)
+
+
+def _packed(answers: JudgedAnswers, recipe: PreferenceRecipe, tokenizer: Tokenizer) -> PreferenceRows:
+    return PreferenceRows(answers, recipe.run.seq_len, pad_id=tokenizer.eos_id)
+
+
+def _is_held_out(preference: Preference, share: float) -> bool:
+    """Decide by the prompt alone: no prompt is on both sides."""
+    if not share:
+        return False
+    content = json.dumps(preference.answers[0].prompt, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") < share * 2**64
+
+
+def _require_few_refused(name: str, report: ReadingReport, most: float) -> None:
+    refused = report.refused.total()
+    if refused > most * report.rows:
+        raise DataError(
+            f"{refused:,} of {report.rows:,} {name} rows are refused, more than data.max_refused = {most:g}:\n  "
+            + "\n  ".join(report.lines()[1:]),
+            hint="mend the rows, raise run.seq_len or set data.too_long=cut where they are too long, or raise data.max_refused",
+        )
