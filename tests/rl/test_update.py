@@ -1,4 +1,4 @@
-"""What the trainer makes of rollouts: the engine's log-probabilities, a gradient that padding and cutting do not change, an alarm that rings."""
+"""What the trainer makes of rollouts: the engine's log-probabilities, a gradient that cutting does not change, an alarm that rings."""
 
 from contextlib import nullcontext
 
