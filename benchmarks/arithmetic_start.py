@@ -1,7 +1,7 @@
 """The policy that GRPO's demonstration begins with: about 1M parameters, taught three-digit sums by a teacher who errs in 45 %.
 
-    python benchmarks/arithmetic_start.py --out runs/start       # tokenizer, initial weights, fine-tuning
-    dsv2 grpo arithmetic model.start=runs/start/sft --out runs/grpo
+python benchmarks/arithmetic_start.py --out runs/start       # tokenizer, initial weights, fine-tuning
+dsv2 grpo arithmetic model.start=runs/start/sft --out runs/grpo
 """
 
 import argparse

@@ -54,6 +54,6 @@ def sft_recipe(start: Path, **sections: object) -> SftRecipe:
 
 
 def run_sft(recipe: SftRecipe, chats: Path, out: Path, **more: object) -> tuple[Transformer, ConversationData]:
-    start = open_start(recipe)
+    start = open_start(recipe.model, recipe.run.seq_len)
     data = open_conversations(recipe, start.tokenizer, [chats])
     return fine_tune(recipe, start, data, out, **more), data

@@ -38,7 +38,7 @@ def chats(tmp_path_factory):
 def packed(start, chats):
     """A model, a row of at least three samples, and its rows."""
     recipe = sft_recipe(start)
-    rows = open_conversations(recipe, open_start(recipe).tokenizer, [chats]).rows
+    rows = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [chats]).rows
     index = max(range(len(rows)), key=lambda n: len(rows.members(n)))
     assert len(rows.members(index)) >= 3
     return load_model(start), rows, index
@@ -97,7 +97,7 @@ def test_stopped_and_resumed_is_undisturbed(start, chats, tmp_path, monkeypatch,
 
 def test_it_learns_validates_and_answers(start, chats, tmp_path):
     recipe = sft_recipe(start, run={"epochs": 4}, samples={"prompts": ["river"], "max_tokens": 8})
-    opened = open_start(recipe)
+    opened = open_start(recipe.model, recipe.run.seq_len)
     run_sft(recipe, chats, tmp_path, sample=answer_sampler(recipe, 64, opened.tokenizer))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -112,7 +112,7 @@ def test_held_out_conversations_are_not_trained_on(start, tmp_path):
     rows = [{"messages": [*turns, {"role": "user", "content": str(n)}, {"role": "assistant", "content": "c"}]} for n in range(50)]
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
     recipe = sft_recipe(start, data={"validation_share": 0.3})
-    data = open_conversations(recipe, open_start(recipe).tokenizer, [tmp_path / "twice.jsonl"])
+    data = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [tmp_path / "twice.jsonl"])
 
     def texts(rows: ConversationRows) -> set[bytes]:
         return {tokens.tobytes() for tokens in rows.samples.tokens}
@@ -125,7 +125,8 @@ def test_held_out_conversations_are_not_trained_on(start, tmp_path):
 
 def test_what_does_not_fit_is_said_before_anything_is_written(start, chats, tmp_path):
     with pytest.raises(ConfigError, match="run.seq_len = 128 exceeds the model's context of 64"):
-        open_start(sft_recipe(start, run={"seq_len": 128}))
+        opened = sft_recipe(start, run={"seq_len": 128})
+        open_start(opened.model, opened.run.seq_len)
     with pytest.raises(ConfigError, match="a batch takes 512"):
         run_sft(sft_recipe(start, batch={"sequences": 512, "micro_sequences": 2}), chats, tmp_path / "run")
     with pytest.raises(ConfigError, match="'mlp.nothing' names no matrix"):

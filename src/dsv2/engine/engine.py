@@ -14,16 +14,15 @@ from itertools import count
 from math import inf
 from pathlib import Path
 
-import numpy as np
-
 from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped, PromptRecord
 from dsv2.engine.blocks import BlockPool
 from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
 from dsv2.engine.gather import collect, run
 from dsv2.engine.native import Answered, Piece, StackWeights
 from dsv2.engine.pieces import pieces_of
+from dsv2.engine.recording import record_experts, score_prompt
 from dsv2.engine.request import FinishReason, Output, Request, require_fit
-from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
+from dsv2.engine.sampler import NotFinite, draw_seed, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
 from dsv2.engine.sequence import Sequence as Row
@@ -33,7 +32,6 @@ from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-_SCORED_ROWS = 128  # rows of logits kept at a time where a whole prompt's are wanted
 _DRAFTING_UP_TO = 4  # answers at once: in larger batches a step is bound by arithmetic, and drafts only add to it
 
 
@@ -271,45 +269,15 @@ class Engine:
         answered = self._stack.step(pieces, want_experts=want_experts)
         self._scheduler.observe(plan, time.perf_counter() - started)
         if answered.experts is not None:
-            self._record_experts(plan, answered.experts)
+            record_experts(plan, self._answers, answered.experts)
         return self._settle(plan, answered)
 
     def _scored(self, chunk: Chunk) -> list[Piece]:
-        """Run a chunk all of whose logits are wanted but for its last rows, and read off what they say of the prompt."""
-        answer, start = self._answers[chunk.seq.seq_id], chunk.start
-        first = answer.first_scored
-        end, prompt_len = start + chunk.length, chunk.seq.prompt_len
-        top = answer.request.params.prompt_logprobs
-        known = min(end, prompt_len - 1)  # the row of position p tells of token p + 1
-        assert top is not None
-        while start < known:
-            wanted = max(start, first)
-            stop = min(known, wanted + _SCORED_ROWS)
-            rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=wanted), want_experts=answer.request.record_experts)
-            if rows.experts is not None:
-                answer.record_experts(start, list(rows.experts.transpose(1, 0, 2)))
-            try:
-                read = read_logprobs(rows.logits, chunk.seq.tokens[wanted + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
-            except NotFinite as failure:
-                raise self._dropped([answer], failure) from failure
-            answer.prompt.logprobs[wanted - first :] = read  # what stood there was before a preemption
-            start = stop
-        return pieces_of(chunk, start) if start < end else pieces_of(chunk, end - 1)
-
-    def _record_experts(self, plan: Plan, experts: np.ndarray) -> None:
-        row = 0
-        for chunk in plan.chunks:
-            answer = self._answers[chunk.seq.seq_id]
-            first = chunk.start if not chunk.seq.all_logits else self._first_left(chunk)
-            length = chunk.start + chunk.length - first
-            if answer.request.record_experts:
-                answer.record_experts(first, list(experts[:, row : row + length].transpose(1, 0, 2)))
-            row += length
-
-    def _first_left(self, chunk: Chunk) -> int:
-        """Return the first position of a scored chunk that runs in the common step."""
-        end = chunk.start + chunk.length
-        return min(max(chunk.start, min(end, chunk.seq.prompt_len - 1)), end - 1)
+        answer = self._answers[chunk.seq.seq_id]
+        try:
+            return score_prompt(self._stack, answer, chunk, num_tokens=self.tokenizer.num_tokens)
+        except NotFinite as failure:
+            raise self._dropped([answer], failure) from failure
 
     def _settle(self, plan: Plan, answered: Answered) -> list[Output]:
         """Sample for every chunk that reached the end of its known tokens; move the scheduler on."""

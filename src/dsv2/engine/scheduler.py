@@ -26,10 +26,9 @@ from dsv2.engine.sequence import Chunk, Plan, Sequence, State
 from dsv2.engine.waiting import SequenceHeap, Siblings
 
 PREFILL_EVERY = 4  # steps: so often at least, a unit of some prompt is computed beside decoding, whatever it costs
-LONE_PREFILL_S = 1.0  # that a step of prompts alone may take: whoever comes meanwhile, or a deadline, waits for its end
+LONE_PREFILL_S = 1.0  # that a step of prompts alone may take: whoever comes meanwhile waits for its end
 ELDER_EVERY = 4  # steps: so often the elder's prompt comes first, with one unit
-# Reading a member of an enum costs as much as the rest of a comparison.
-WAITING, PARKED, RUNNING, ENDED = State.WAITING, State.PARKED, State.RUNNING, State.ENDED
+WAITING, PARKED, RUNNING, ENDED = State.WAITING, State.PARKED, State.RUNNING, State.ENDED  # reading an enum's member is slow
 _by_rank = attrgetter("rank")
 
 
@@ -40,8 +39,7 @@ class Scheduler:
         pool: blocks of the cache; nobody else holds any.
         max_sequences: most sequences that run at once.
         chunk_len: most tokens of prompts in a step, a multiple of ``BLOCK_LEN``.
-        max_step_s: seconds that a step with decoding sequences may take; prompts are cut to fit the prediction, but for a unit now and then
-            (``PREFILL_EVERY``).
+        max_step_s: seconds that a step with decoding sequences may take, but for a unit of a prompt now and then (``PREFILL_EVERY``).
         patience: steps that a sequence is overtaken before it may become the elder.
 
     Raises:
