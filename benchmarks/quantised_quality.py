@@ -39,10 +39,10 @@ from dsv2.engine.cache import NAMES, LatentStore
 from dsv2.engine.engine import Engine
 from dsv2.engine.layout import FILE, SCHEMES, Scheme
 from dsv2.engine.native import NativeStack, Piece, StackWeights
-from dsv2.engine.pieces import EXPANDED_UNIT
 from dsv2.engine.quantize import pack_folder
 from dsv2.engine.request import Request, SamplingParams
 from dsv2.engine.sampler import read_logprobs
+from dsv2.engine.sequence import EXPANDED_UNIT
 from dsv2.engine.weights import load_packed
 from dsv2.kernels.formats import GROUP
 from dsv2.model.accounting import count_parameters

@@ -1,4 +1,4 @@
-"""The command line: ``dsv2 VERB ...``. It parses first (verbs.py) and imports the stage, and with it torch, afterwards.
+"""The command line: ``dsv2 VERB ...``. It parses first (verbs/) and imports the stage, and with it torch, afterwards.
 
 What a user can cause ends in ``error:`` and ``hint:`` on stderr and exit code 2.
 """

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dsv2 import __version__
-from dsv2.errors import EXTRAS
+from dsv2.errors import EXTRAS, ConfigError
 from dsv2.machine import available_memory, total_memory
 
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -52,6 +52,9 @@ def _kernels() -> Iterator[tuple[str, str]]:
     try:
         build = plan()
         library()
+    except ConfigError as reason:
+        yield "kernels", f"none: {reason.message}; {reason.hint}"
+        return
     except Unavailable as reason:
         yield "kernels", f"torch's: {reason.message}{f'; {reason.hint}' if reason.hint else ''}"
         return

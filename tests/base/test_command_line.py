@@ -254,7 +254,7 @@ def test_doctor_reports_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatc
     [
         ({"DSV2_CPU": "plain"}, "native, plain (DSV2_CPU), compiled by "),
         ({"DSV2_CPU": "torch"}, "torch's: DSV2_CPU = torch"),
-        ({"DSV2_CPU": "mmx"}, "torch's: DSV2_CPU = 'mmx' is not one of: "),
+        ({"DSV2_CPU": "mmx"}, "none: DSV2_CPU = 'mmx' is not one of: "),
         ({"CXX": "/nowhere/c++"}, "torch's: /nowhere/c++ does not run"),
     ],
 )

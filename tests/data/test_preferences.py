@@ -94,12 +94,11 @@ def test_filters_drop_repeats_contradictions_and_lengths(tmp_path):
     def pair(prompt, good, bad):
         return {"prompt": prompt, "chosen": good, "rejected": bad}
 
-    found, report = read(
-        tmp_path, pair("a", "x", "y"), pair("a", "x", "y"), pair("b", "x", "y"), pair("b", "y", "x"), pair("c", "x" * 30, "y")
-    )
-    assert [p.place[-1] for p in filtered(found, report, max_length_ratio=5)] == ["1"]
-    assert sorted(report.refused.values()) == [1, 1, 2]
-    assert [p.place[-1] for p in filtered(found, ReadingReport(), drop_contradictions=False)] == ["1", "3", "5"]
+    found, _ = read(tmp_path, pair("a", "x", "y"), pair("a", "x", "y"), pair("b", "x", "y"), pair("b", "y", "x"), pair("c", "x" * 30, "y"))
+    kept, dropped = filtered(found, max_length_ratio=5)
+    assert [p.place[-1] for p in kept] == ["1"]
+    assert sorted(dropped.values()) == [1, 1, 2]
+    assert [p.place[-1] for p in filtered(found, drop_contradictions=False)[0]] == ["1", "3", "5"]
 
 
 def test_sources_are_weighed_by_content(tmp_path):

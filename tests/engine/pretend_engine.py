@@ -7,7 +7,7 @@ from random import Random
 
 from dsv2.engine.blocks import BLOCK_LEN, BlockPool, blocks_for
 from dsv2.engine.scheduler import Scheduler
-from dsv2.engine.sequence import Chunk, Plan, Sequence, State
+from dsv2.engine.sequence import EXPANDED_UNIT, Chunk, Plan, Sequence, State
 
 STOP = 0  # a token that ends an answer
 
@@ -38,7 +38,7 @@ class LossyTier:
 
 @dataclass
 class World:
-    """An engine without numbers: the latent at a position is a hash of the weights' era, the salt and all tokens up to there."""
+    """An engine without numbers: a latent is a hash of the weights' era, the salt, and all tokens up to there as they were read."""
 
     rng: Random
     num_blocks: int
@@ -73,8 +73,8 @@ class World:
         self.live[seq.seq_id], self.born[seq.seq_id] = seq, self.num_steps
         return seq
 
-    def latent(self, before: object, token: int) -> int:
-        return hash((before, token))
+    def latent(self, before: object, token: int, expanded: bool) -> int:
+        return hash((before, token, expanded))
 
     def first(self, salt: bytes | str) -> int:
         return hash((self.era, len(salt)))  # of numbers only: the hash of a str differs from run to run
@@ -91,11 +91,11 @@ class World:
         tokens = [*seq.tokens, *seq.draft]
         latent = self.first(seq.salt)
         for position in range(chunk.start):
-            latent = self.latent(latent, tokens[position])
+            latent = self.latent(latent, tokens[position], position < seq.expanded)
             assert self.latents[table[position // BLOCK_LEN]][position % BLOCK_LEN] == latent, "a latent of other tokens"
         sampled = []
         for position in range(chunk.start, chunk.start + chunk.length):
-            latent = self.latent(latent, tokens[position])
+            latent = self.latent(latent, tokens[position], position < seq.expanded)
             self.latents[table[position // BLOCK_LEN]][position % BLOCK_LEN] = latent
             sampled.append(self.choose(latent, seq.seq_id))
         self.computed.append((seq.seq_id, chunk.length))
@@ -120,11 +120,11 @@ class World:
     def guess(self, seq: Sequence) -> None:
         """Draft what would come, sometimes wrongly."""
         latent, drafts = self.first(seq.salt), []
-        for token in seq.tokens:
-            latent = self.latent(latent, token)
+        for position, token in enumerate(seq.tokens):
+            latent = self.latent(latent, token, position < seq.expanded)
         for _ in range(self.rng.randrange(6)):
             drafts.append(self.choose(latent, seq.seq_id) if self.rng.random() < 0.8 else self.rng.randrange(11))
-            latent = self.latent(latent, drafts[-1])
+            latent = self.latent(latent, drafts[-1], False)
         seq.draft = tuple(drafts)
 
     def inspect(self, plan: Plan) -> None:
@@ -203,12 +203,12 @@ class World:
     def alone(self, prompt: list[int], new: int, seq_id: int, salt: bytes | str = b"") -> list[int]:
         """Return the answer that a sequence alone in the world would get."""
         latent = self.first(salt)
-        for token in prompt:
-            latent = self.latent(latent, token)
+        for position, token in enumerate(prompt):
+            latent = self.latent(latent, token, position < len(prompt) // EXPANDED_UNIT * EXPANDED_UNIT)
         answer: list[int] = []
         while len(answer) < new and STOP not in answer:
             answer.append(self.choose(latent, seq_id))
-            latent = self.latent(latent, answer[-1])
+            latent = self.latent(latent, answer[-1], False)
         return answer
 
 

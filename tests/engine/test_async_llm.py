@@ -25,6 +25,7 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ENDLESS = replace(GREEDY, max_tokens=80)
+LONG = tuple(range(3, 83))  # more than a block
 PROMPTS = ["the river", "the sea", "", "the old book says it"]
 
 
@@ -254,16 +255,23 @@ def test_weights_change_between_two_steps_of_requests_under_way(opened: Any, sma
     model = Transformer(small_config())
     initialise(model, seed=5)
 
+    def half_a_change() -> None:
+        initialise(model, seed=7)
+        raise ZeroDivisionError
+
     async def main() -> None:
         async with opened(model=model) as llm:
             task = asyncio.create_task(llm.generate("the river", ENDLESS))
             await until(llm, lambda engine: bool(engine._answers))
             await llm.weights_changed(lambda: initialise(model, seed=6))
             assert len((await task)[0].tokens) == 80
+            await llm.generate(LONG, GREEDY)
             with LLM(model, tokenizer=llm.tokenizer) as fresh:
                 assert (await llm.generate("the sea", GREEDY))[0].tokens == fresh.generate("the sea", GREEDY)[0].tokens
-            with pytest.raises(ZeroDivisionError):
-                await llm.weights_changed(lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError):  # half-way: what was cached of the old weights goes all the same
+                await llm.weights_changed(half_a_change)
+            with LLM(model, tokenizer=llm.tokenizer) as fresh:
+                assert (await llm.generate(LONG, GREEDY))[0].tokens == fresh.generate(LONG, GREEDY)[0].tokens
 
     asyncio.run(main())
 

@@ -122,7 +122,9 @@ def test_an_interrupted_batch_goes_on_and_ends_with_the_same_file(
     assert "3 of 5 prompts are answered" in capsys.readouterr().err
 
 
-def test_what_was_left_by_another_run_is_not_mixed_in(run: Path, prompts: list[Path], tmp_path: Path, killed_after: Any) -> None:
+def test_what_was_left_by_another_run_is_not_mixed_in(
+    run: Path, prompts: list[Path], tmp_path: Path, killed_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     killed_after(2)
     with pytest.raises(Killed):
@@ -132,6 +134,10 @@ def test_what_was_left_by_another_run_is_not_mixed_in(run: Path, prompts: list[P
         batch.generate_files(run, prompts, out, sampling=SAMPLING | {"seed": 4})
     with pytest.raises(ConfigError, match="another run: prompts was"):
         batch.generate_files(run, prompts[:1], out, sampling=SAMPLING)
+    with monkeypatch.context() as patch:  # other weights at the same place
+        patch.setattr(batch, "weights_id", lambda _: "others")
+        with pytest.raises(ConfigError, match="another run: weights was"):
+            batch.generate_files(run, prompts, out, sampling=SAMPLING)
     with locked(part), pytest.raises(ConfigError, match="another process"):
         batch.generate_files(run, prompts, out, sampling=SAMPLING)
     assert part.read_bytes() == left
@@ -155,6 +161,12 @@ def test_answers_are_never_overwritten_and_a_last_act_is_made_up_for(run: Path, 
     assert out.read_bytes() == first and not part.exists()
 
 
+def test_a_bias_is_a_json_object(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "logit_bias": {"5": 1, "3": -2}}')
+    (line,) = read_prompts([tmp_path / "p.jsonl"], SamplingParams())
+    assert line.params.logit_bias == ((3, -2.0), (5, 1.0))
+
+
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(batch, "LLM", None)  # nothing is loaded before all lines are found good
@@ -173,7 +185,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ('{"messages": "a"}', "messages is a JSON str, not a list"),
         ('{"prompt": "a", "tools": []}', "tools goes with messages, not with prompt"),
         ('{"prompt": "a", "temperature": -1}', "temperature = -1 is not"),
-        ('{"prompt": "a", "stop": "b"}', "stop = 'b' is one string"),
+        ('{"prompt": "a", "stop": "b"}', "stop is a JSON text, not a list of texts"),
         ('{"prompt": "a", "constraint": {"type": "regex"}}', "constraint has the fields type"),
         ('{"prompt": "a", "constraint": {"kind": "poem"}}', "constraint.kind = 'poem'"),
         ('{"prompt": "a", "id": true}', "id = True is neither"),

@@ -332,6 +332,40 @@ def test_a_constraint_without_its_package_ends_its_request_alone(
     assert "needs llguidance" in str(refused[0].error) and free.finish_reason == "length" and not engine.has_work
 
 
+def test_more_constraints_than_may_wait_join_one_after_the_other(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrain, "MAX_QUEUED", 1)
+    monkeypatch.setattr(constrain, "_probe", lambda *_: ("", 0))
+    engine = Engine(model, tokenizer)
+    requests = [Request(str(i), (0,), SamplingParams(seed=i, max_tokens=9, constraint=Constraint("regex", f"{i}"))) for i in range(12)]
+    assert [output.text for output in engine.generate(requests)] == [str(i) for i in range(12)]
+
+
+def test_a_deadline_runs_while_a_constraint_is_compiled_and_its_own_time_does_not_run_before(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrain, "_probe", lambda *_: ("", 0))
+    monkeypatch.setattr(constrain, "MAX_COMPILING", 1)
+    engine = Engine(model, tokenizer)
+    compiler, release = engine._grammars, threading.Event()
+    build = compiler._build
+    monkeypatch.setattr(compiler, "_build", lambda constraint, limit_s: release.wait() and build(constraint, limit_s))
+    params = [SamplingParams(max_tokens=3, constraint=Constraint("regex", source)) for source in ("a", "b")]
+    engine.add(Request("first", (0,), params[0]))
+    compiler._time_limit_s = 0.05
+    engine.add(Request("late", (0,), params[1], deadline_s=0.01))
+    job = compiler.submit(Constraint("regex", "b"))
+    while not (outputs := engine.step()):
+        pass
+    assert [(output.request_id, output.finish_reason) for output in outputs] == [("late", "deadline")]
+    job.wait(0.06)
+    assert not job.ready  # its turn has not come
+    job._limit_s = 60
+    release.set()
+    assert isinstance(job.result(), Grammar)
+
+
 def test_a_request_that_nobody_can_compile_for_leaves_nothing_behind(
     model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 """The engine on a real model: batched = alone, in any order, joining at any time; prefixes, preemption and drafts change no text."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from itertools import count, pairwise
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsv2.engine.answer import Answer
 from dsv2.engine.engine import Engine
+from dsv2.engine.native import Answered, Piece
 from dsv2.engine.pieces import pieces_of
 from dsv2.engine.request import Output, Request, SamplingParams
 from dsv2.engine.sequence import Chunk
@@ -143,6 +146,20 @@ def test_prefixes_preemption_drafts_and_batches_change_no_text(long_model: Trans
             assert engine.cache.num_blocks < 20 or [output.cached_tokens for output in again] == [576, 256, 320, 64, 64, 384, 512]
 
 
+def test_a_cached_prefix_has_the_bits_that_would_be_computed(long_model: Transformer, tokenizer: Tokenizer) -> None:
+    """In bf16 the two readings of a block differ: what a short prompt read absorbed is not taken by a longer one that reads it expanded."""
+    model = deepcopy(long_model).to(torch.bfloat16)
+    params = SamplingParams(seed=4, max_tokens=100, ignore_eos=True, prompt_logprobs=0, prompt_logprobs_from=640)
+    request = Request("long", LONG, params)
+    (alone,) = Engine(model, tokenizer, reuse=False).generate([request])
+    for before, cached in ((320, 256), (700, 576)):
+        engine = Engine(model, tokenizer)
+        engine.generate([Request("before", LONG[:before], SamplingParams(max_tokens=1))])
+        (output,) = engine.generate([request])
+        assert (output.tokens, output.prompt_logprobs) == (alone.tokens, alone.prompt_logprobs)
+        assert output.cached_tokens == cached
+
+
 def test_nothing_is_guessed_for_an_answer_that_lost_its_blocks(
     long_model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +213,33 @@ def test_recorded_experts_are_those_of_the_model(long_model: Transformer, tokeni
     with torch.inference_mode():
         stats = long_model(torch.tensor([[*LONG[:300], *output.tokens[:-1]]])).router_stats
     assert (output.experts == torch.stack([layer.experts[0] for layer in stats], dim=1).numpy()).all()
+
+
+@pytest.mark.parametrize("record", ["experts", "prompt_logprobs"])
+def test_a_prompt_is_recorded_once_for_all_its_answers(
+    long_model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    params = SamplingParams(seed=3, max_tokens=4, ignore_eos=True, prompt_logprobs=0 if record == "prompt_logprobs" else None)
+    records = record == "experts"
+    (one,) = Engine(long_model, tokenizer).generate([Request("r", LONG[:200], params, record_experts=records)])
+    engine = Engine(long_model, tokenizer, max_batch=4, speculate=False)
+    computed: list[int] = []
+    step = engine._stack.step
+
+    def counting(pieces: list[Piece], *, want_experts: bool = False) -> Answered:
+        computed.append(sum(len(piece.tokens) for piece in pieces))
+        return step(pieces, want_experts=want_experts)
+
+    monkeypatch.setattr(engine._stack, "step", counting)
+    outputs = engine.generate([Request("r", LONG[:200], replace(params, n=4), record_experts=records)])
+    assert sum(computed) <= 200 + 3 * 8 + 4 * 4
+    assert len({output.tokens for output in outputs}) == 4 and outputs[0].tokens == one.tokens
+    for output in outputs:
+        assert output.prompt_logprobs == one.prompt_logprobs
+        if records:
+            assert output.experts is not None and one.experts is not None and output.experts.shape == one.experts.shape
+            assert (output.experts[:200] == one.experts[:200]).all()
+    engine._scheduler.check()
 
 
 def test_changed_weights_are_used_at_once_and_old_latents_forgotten(tokenizer: Tokenizer, small_config: Callable[..., ModelConfig]) -> None:

@@ -1,5 +1,6 @@
 """`dsv2.LLM`: what it takes, what it gives, and that a training loop's weights and log-probabilities are the engine's."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,12 +15,17 @@ import torch
 import dsv2
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.data.batch import IGNORE
+from dsv2.engine import stack
 from dsv2.engine.engine import Engine
+from dsv2.engine.layout import FILE
 from dsv2.engine.llm import LLM
 from dsv2.engine.opening import EngineSettings
 from dsv2.engine.quantize import run as quantize
-from dsv2.engine.request import SamplingParams
+from dsv2.engine.request import Request, SamplingParams
 from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
+from dsv2.kernels.cpu import library as native
+from dsv2.kernels.cpu.build import Unavailable
+from dsv2.kernels.cpu.library import library
 from dsv2.model.config import ModelConfig
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
@@ -77,6 +83,17 @@ def test_a_packed_folder_opens(folder: Path, tmp_path: Path, llm: LLM) -> None:
         assert packed.generate("The river", GREEDY)[0].tokens == llm.generate("The river", GREEDY)[0].tokens
     with pytest.raises(ConfigError, match="packed"):
         LLM(tmp_path / "packed", dtype="bf16")
+
+
+def test_a_damaged_packed_file_is_found_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    quantize(str(folder), out=tmp_path / "packed", scheme="bf16")
+    LLM(tmp_path / "packed", verify=True).close()
+    file = tmp_path / "packed" / FILE
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="sha256|hash|differ|damaged"):
+        LLM(tmp_path / "packed", verify=True)
 
 
 def test_prompts_are_text_or_ids_one_or_many(llm: LLM) -> None:
@@ -190,12 +207,79 @@ def test_one_thread_at_a_time(llm: LLM) -> None:
     assert "another thread" in str(errors[0]) and "AsyncLLM" in str(errors[0])
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"max_bach": 4}, "no setting 'max_bach'"),
+        ({"max_batch": 0}, "max_batch = 0 is not a whole number of at least 1"),
+        ({"max_batch": "4"}, "max_batch = '4'"),
+        ({"max_len": 100.5}, "max_len = 100.5"),
+        ({"cache": "7"}, "cache = '7' is not one of: auto, fp32"),
+        ({"cache_gb": float("nan")}, "cache_gb = nan is not a finite number > 0"),
+        ({"backend": "jax"}, "backend = 'jax'"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(settings: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(tmp_path / "nowhere", **settings)
+    assert complaint in caught.value.message
+
+
+def test_a_cache_beyond_memory_is_refused_and_bits_may_be_a_number(model: Transformer, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"cache_gb = 1e\+06 is more than the [\d.]+ GB"):
+        LLM(model, tokenizer=tokenizer, cache_gb=1e6)
+    with LLM(model, tokenizer=tokenizer, cache=8) as llm:  # type: ignore[arg-type]
+        assert "8 bits" in str(llm.engine.cache)
+
+
+def test_why_torch_computes_is_said(
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quantize(str(folder), out=tmp_path / "packed", scheme="bf16")
+    monkeypatch.setattr(stack, "library", library.__wrapped__)  # which looks at the environment once
+    monkeypatch.setattr(native, "library", library.__wrapped__)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    capsys.readouterr()
+    LLM(model, tokenizer=tokenizer).close()
+    assert "torch computes in place of the native kernels: " in capsys.readouterr().err
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("DSV2_CPU", "torch")
+    LLM(model, tokenizer=tokenizer).close()
+    assert not capsys.readouterr().err
+    with pytest.raises(Unavailable, match="a packed model needs the native kernels: DSV2_CPU = torch"):
+        LLM(tmp_path / "packed")
+    monkeypatch.setenv("DSV2_CPU", "avx521")
+    with pytest.raises(ConfigError, match="DSV2_CPU = 'avx521' is not one of"):
+        LLM(model, tokenizer=tokenizer)
+
+
 def test_a_closed_one_says_so(model: Transformer, tokenizer: Tokenizer) -> None:
     llm = LLM(model, tokenizer=tokenizer)
     llm.close()
     llm.close()
     with pytest.raises(RequestError, match="closed"):
         llm.generate("a", GREEDY)
+    with pytest.raises(RequestError, match="closed"):
+        llm.engine.generate([Request("r", (0,), GREEDY)])
+
+
+def test_a_fork_is_told_to_open_its_own(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the memory but not the threads: to step or to join them would never end."""
+    llm = LLM(model, tokenizer=tokenizer, backend="native")
+    library, pid = llm.engine._stack._lib, os.getpid()  # type: ignore[attr-defined]
+    handle = llm.engine._stack._handle  # type: ignore[attr-defined]
+    with monkeypatch.context() as fork:
+        fork.setattr(os, "getpid", lambda: pid + 1)
+        fork.setattr(library, "dsv2_close", lambda _: pytest.fail("joins threads that are not there"))
+        with pytest.raises(RequestError, match="fork"):
+            llm.generate("a", GREEDY)
+        llm.close()
+    library.dsv2_close(handle)
 
 
 # Log-probabilities ------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dsv2.errors import RequestError
         ("min_tokens", -1), ("min_tokens", 257), ("min_tokens", 1.0),
         ("include_stop", 1), ("include_stop", None),
         ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", False),
-        ("n", 0), ("n", 9), ("n", True), ("n", 1.0),
+        ("n", 0), ("n", 129), ("n", True), ("n", 1.0),
         ("constraint", "json"), ("constraint", {"type": "object"}),
     ],
 )  # fmt: skip

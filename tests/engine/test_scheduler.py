@@ -299,6 +299,7 @@ def test_new_tokens_that_do_not_fit_the_chunk_are_refused() -> None:
 def test_drafts_preempt_nobody() -> None:
     world = World(Random(6), num_blocks=4, max_sequences=2, stops=False)
     first, second = world.add(prompt(0, 61, 0, 0), 60), world.add(prompt(1, 127, 0, 0), 20)
+    world.scheduler.costs.token = 1e-3  # both prompts fit into the first step
     for _ in range(3):
         world.step()
     assert world.pool.num_free == 0
@@ -342,6 +343,17 @@ def test_memory_of_the_queues_follows_the_live_sequences() -> None:
     assert len(engine._waiting._entries) < 200
     assert len(engine._deadlines._entries) < 200
     engine.check()
+
+
+def test_a_prompt_alone_is_read_a_second_at_a_time() -> None:
+    engine = Scheduler(BlockPool(32), max_sequences=1)
+    engine.costs.base, engine.costs.row, engine.costs.token, engine.costs.pair = 0.1, 0.1, 0.005, 0.0
+    engine.add(Sequence(1, [1] * 1000, 1001))
+    assert [chunk.length for chunk in engine.schedule(0.0).chunks] == [192]
+    engine.costs.token = 1.0
+    engine.cancel(1)
+    engine.add(Sequence(2, [1] * 1000, 1001))
+    assert [chunk.length for chunk in engine.schedule(0.0).chunks] == [64]  # a unit at least, whatever it costs
 
 
 def test_blocks_held_by_a_stranger_are_an_error_not_a_standstill() -> None:

@@ -1,4 +1,4 @@
-"""What the trainer makes of rollouts: the engine's log-probabilities, a gradient that padding and cutting do not change, an alarm that rings."""
+"""What the trainer makes of rollouts: the engine's log-probabilities, a gradient that cutting does not change, an alarm that rings."""
 
 from contextlib import nullcontext
 
@@ -13,7 +13,9 @@ from dsv2.rl.tools import Calculator
 from dsv2.rl.update import LogProbsDiffer, agreement, log_probs, pad, update, without_graph
 from dsv2.train.losses import BalanceSection
 
-QUESTIONS = [{"messages": [{"role": "user", "content": text}], "answer": "46"} for text in ("What is 12 + 34?", "Hi", "The answer is 46. 34?")]
+QUESTIONS = [
+    {"messages": [{"role": "user", "content": text}], "answer": "46"} for text in ("What is 12 + 34?", "Hi", "The answer is 46. 34?")
+]
 NO_BALANCE = BalanceSection(expert=0.0)
 
 
@@ -51,7 +53,9 @@ def test_a_step_is_the_same_however_the_batch_is_cut(llm: LLM, policy: Transform
         moved.append(torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=2e-6)
     torch.testing.assert_close(moved[0], moved[2], rtol=0, atol=2e-6)
-    assert (moved[0] - torch.cat([value.flatten() for name, value in start.items() if name in dict(policy.named_parameters())])).abs().max() > 1e-4
+    assert (
+        moved[0] - torch.cat([value.flatten() for name, value in start.items() if name in dict(policy.named_parameters())])
+    ).abs().max() > 1e-4
 
 
 def test_rollouts_repeat_with_their_seed_whatever_shares_the_batch(llm: LLM) -> None:

@@ -14,6 +14,7 @@ RECIPES = Path(__file__).parents[2] / "src" / "dsv2" / "recipes"
 # Folder of recipes/ -> the model that its files are checked against. A new stage adds its line.
 SCHEMAS = {
     "dpo": "dsv2.rl.preference_recipe:DpoRecipe",
+    "grpo": "dsv2.rl.grpo_recipe:GrpoRecipe",
     "hardware": "dsv2.parallel.hardware:Hardware",
     "plan-serve": "dsv2.plan.options:ServeOptions",
     "plan-train": "dsv2.plan.options:TrainOptions",

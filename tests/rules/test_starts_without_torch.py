@@ -14,13 +14,13 @@ SOURCE = Path(__file__).parents[2] / "src" / "dsv2"
 
 # Files and folders of src/dsv2 that promise to work without torch; those that do not exist yet are passed over.
 TORCH_FREE = [
-    "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "cli.py", "verbs.py", "doctor.py",
+    "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "cli.py", "verbs", "doctor.py",
     "presets.py",
     "assets", "tokenizer", "data/documents.py", "data/shards.py", "data/packing.py", "data/prepare.py", "model/config.py",
     "model/accounting.py", "checkpoint/names.py", "checkpoint/shard.py", "checkpoint/folder.py", "checkpoint/identity.py",
     "checkpoint/generation.py", "checkpoint/hub.py", "checkpoint/manifest.py", "checkpoint/steps.py",
     "engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/sampler.py", "engine/text.py", "engine/constrain.py",
-    "engine/grammar_probe.py", "engine/tier.py", "engine/speculate.py", "tasks/sandbox.py", "tasks/answers.py", "tasks/arithmetic.py",
+    "engine/grammar_probe.py", "engine/tier.py", "engine/speculate.py", "tasks",
     "server/protocol.py", "model/yardstick.py", "info",
     "parallel/__init__.py", "parallel/hardware.py", "parallel/routing.py", "parallel/schedules.py", "parallel/layout.py",
     "parallel/memory.py", "parallel/simulate.py", "parallel/served.py", "parallel/serving.py", "parallel/fit.py", "parallel/search.py",

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from dsv2.errors import ConfigError
-from dsv2.tasks.arithmetic import Problem, demonstrations, is_correct, near_miss, problems, split_of
+from dsv2.tasks.arithmetic import Problem, demonstrations, is_correct, near_miss, problems, split_of, working
 
 
 def test_answers_are_right_and_problems_repeat_with_their_seed():
@@ -31,11 +31,22 @@ def test_no_pair_of_numbers_is_in_both_splits():
 def test_exactly_the_given_share_of_demonstrations_is_wrong():
     for wrong in (0.0, 0.45, 1.0):
         made = list(demonstrations(400, seed=5, wrong=wrong))
-        right = [message["content"] == p.answer for (_, message), p in zip(made, problems(400, seed=5), strict=True)]
+        right = [is_correct(message["content"], p) for (_, message), p in zip(made, problems(400, seed=5), strict=True)]
         assert right.count(False) == round(400 * wrong)
     question, answer = made[0]
     assert question["role"] == "user" and answer["role"] == "assistant"
     assert made == list(demonstrations(400, seed=5, wrong=1.0))
+
+
+def test_the_working_is_right_even_where_the_answer_is_not():
+    assert working(Problem("", "1023", 345, "+", 678)) == "5+8=13, 4+7+1=12, 3+6+1=10"
+    assert working(Problem("", "14", 52, "-", 38)) == "12-8=4, 5-3-1=1"
+    for problem in problems(300, seed=9):
+        steps = [step.split("=") for step in working(problem).split(", ")]
+        assert all(eval(left) == int(right) for left, right in steps)
+        assert "".join(right[-1] for _, right in reversed(steps)).lstrip("0") in (problem.answer, problem.answer[1:].lstrip("0"))
+    (_, plain), (_, worked) = (next(demonstrations(1, seed=0, wrong=1.0, worked=worked)) for worked in (False, True))
+    assert worked["content"].endswith(f": {plain['content']}")
 
 
 def test_a_near_miss_is_wrong_by_one_digit_or_one_carry():

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from dsv2.data.conversations import ReadingReport
 from dsv2.data.preferences import Answer, Preference
 from dsv2.errors import ConfigError, did_you_mean
 
@@ -19,13 +18,12 @@ def content_hash(preference: Preference) -> int:
 
 
 def filtered(
-    preferences: Sequence[Preference], report: ReadingReport, *, drop_contradictions: bool = True, max_length_ratio: float | None = None
-) -> list[Preference]:
-    """Drop what is there twice, what contradicts itself, and pairs that mere length decides; each is counted in ``report``.
+    preferences: Sequence[Preference], *, drop_contradictions: bool = True, max_length_ratio: float | None = None
+) -> tuple[list[Preference], Counter[str]]:
+    """Drop what is there twice, what contradicts itself, and pairs that mere length decides; return the rest, and how many by reason.
 
     Args:
         preferences: in order.
-        report: counts the dropped by their reason.
         drop_contradictions: drop both of two rows that judge the same answers differently.
         max_length_ratio: characters of the longer answer of a pair over those of the shorter; None: any.
     """
@@ -33,6 +31,7 @@ def filtered(
     for preference in preferences:
         verdicts.setdefault(content_hash(preference), set()).add(_verdict(preference))
     kept: list[Preference] = []
+    dropped: Counter[str] = Counter()
     seen: set[int] = set()
     for preference in preferences:
         content = content_hash(preference)
@@ -47,8 +46,8 @@ def filtered(
         if reason is None:
             kept.append(preference)
         else:
-            report.refuse(reason, preference.place)
-    return kept
+            dropped[reason] += 1
+    return kept, dropped
 
 
 def in_proportion(preferences: Sequence[Preference], weights: Mapping[str, float]) -> list[Preference]:

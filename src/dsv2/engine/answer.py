@@ -1,6 +1,7 @@
 """One answer of a request while it is written: its sampler, its text, and what was recorded on the way."""
 
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,19 @@ class Dropped(CheckpointError):
         self.request_ids = tuple(request_ids)
 
 
+@dataclass(slots=True)
+class PromptRecord:
+    """What is recorded of a request's prompt, once for all its answers.
+
+    Args:
+        logprobs: of the tokens behind the first scored row.
+        experts: [layer, chosen] of each token.
+    """
+
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    experts: list[NDArray[np.integer[Any]]] = field(default_factory=list)
+
+
 class Answer:
     """Number ``index`` of a request's answers.
 
@@ -42,13 +56,28 @@ class Answer:
         seed: of the request.
         grammar: the compiled constraint.
         speculate: whether drafts may be tried.
+        prompt: what is recorded of the prompt, shared by the request's answers.
     """
 
-    __slots__ = ("drafts", "experts", "first_scored", "index", "lookup", "num_new", "prompt_logprobs", "request", "sampler", "seq", "text")
+    __slots__ = (
+        "drafts",
+        "experts",
+        "first_scored",
+        "index",
+        "lookup",
+        "num_new",
+        "prompt",
+        "request",
+        "sampler",
+        "seq",
+        "speculate",
+        "text",
+    )
 
     def __init__(
-        self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool
-    ) -> None:
+        self, request: Request, index: int, seq: Sequence, tokenizer: Tokenizer, *, seed: int, grammar: Grammar | None, speculate: bool,
+        prompt: PromptRecord,
+    ) -> None:  # fmt: skip
         params = request.params
         self.request, self.index, self.seq = request, index, seq
         self.sampler = SamplerState(
@@ -61,11 +90,12 @@ class Answer:
         )
         self.text = TextStream(tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens)
         self.num_new = 0
-        self.lookup = PromptLookup(request.tokens) if speculate else None
+        self.speculate = speculate
+        self.lookup: PromptLookup | None = None  # made for the first draft: most waiting answers, and all of large batches, have none
         self.drafts = DraftLength()
         self.first_scored = max(params.prompt_logprobs_from, 1) - 1  # the row of position p tells of token p + 1
-        self.prompt_logprobs: list[TokenLogprob] = []  # from that row on
-        self.experts: list[NDArray[np.integer[Any]]] = []  # [layer, chosen] of token p
+        self.prompt = prompt
+        self.experts: list[NDArray[np.integer[Any]]] = []  # [layer, chosen] of each token behind the prompt
 
     def take(self, drawn: Drawn, drafted: int) -> Output:
         """Add what was drawn; return what the answer gained, and whether and why it ends.
@@ -74,7 +104,7 @@ class Answer:
             drawn: tokens, perhaps with an error instead.
             drafted: draft tokens that were verified.
         """
-        if drafted and self.lookup is not None:
+        if drafted:
             self.drafts.record(drafted, max(0, len(drawn.tokens) - 1))
         if drawn.error is not None:
             return self.output((), self.text.finish(), "error", (), error=drawn.error.message)
@@ -91,6 +121,14 @@ class Answer:
             self.lookup.extend(drawn.tokens[:count])
         return self.output(drawn.tokens[:count], "".join(texts), reason, (drawn.logprobs or ())[:count])
 
+    def record_experts(self, start: int, chosen: list[NDArray[np.integer[Any]]]) -> None:
+        """Keep the chosen experts, [layer, chosen] each, of the tokens from position ``start`` on."""
+        length = len(self.request.tokens)
+        of_prompt = max(0, min(len(chosen), length - start))
+        self.prompt.experts[start : start + of_prompt] = chosen[:of_prompt]
+        if of_prompt < len(chosen):
+            self.experts[start + of_prompt - length :] = chosen[of_prompt:]  # what stood there was of a draft, or before a preemption
+
     def _add(self, token: int, texts: list[str]) -> FinishReason | None:
         if self.sampler.ends(token):
             texts.append(self.text.finish())
@@ -104,8 +142,10 @@ class Answer:
 
     def draft(self, costs: Ordered[float]) -> tuple[int, ...]:
         """Return the tokens to verify in the next step; none where none are at hand or they would not pay."""
-        if self.lookup is None:
+        if not self.speculate:
             return ()
+        if self.lookup is None:
+            self.lookup = PromptLookup(self.seq.tokens)
         proposed = self.lookup.propose(len(costs) - 1)
         return tuple(proposed[: self.drafts.choose(costs)]) if proposed else ()
 
@@ -122,15 +162,16 @@ class Answer:
             None if params.logprobs is None else tuple(logprobs),
             len(self.request.tokens),
             index=self.index,
-            prompt_logprobs=tuple(self.prompt_logprobs) if reason is not None and params.prompt_logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt.logprobs) if reason is not None and params.prompt_logprobs is not None else None,
             cached_tokens=self.seq.num_hit,
-            experts=self._read_experts() if reason is not None and self.request.record_experts and self.experts else None,
+            experts=self._read_experts() if reason is not None and self.request.record_experts else None,
             error=error,
         )
 
-    def _read_experts(self) -> NDArray[np.integer[Any]]:
+    def _read_experts(self) -> NDArray[np.integer[Any]] | None:
         """Return the experts of all tokens but the last, which nobody read; behind them may stand those of drafts that were not taken."""
-        return np.stack(self.experts[: len(self.request.tokens) + max(self.num_new, 1) - 1])
+        experts = [*self.prompt.experts, *self.experts][: len(self.request.tokens) + max(self.num_new, 1) - 1]
+        return np.stack(experts) if experts else None
 
 
 def joined(parts: Ordered[Output]) -> Output:

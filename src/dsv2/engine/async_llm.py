@@ -89,9 +89,11 @@ class AsyncLLM:
         """
 
         def between_steps(engine: Engine) -> None:
-            if change is not None:
-                change()
-            engine.weights_changed()
+            try:
+                if change is not None:
+                    change()
+            finally:  # a change that failed half-way has changed some
+                engine.weights_changed()
 
         await asyncio.wrap_future(self._thread.call(between_steps))
 

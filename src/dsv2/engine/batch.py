@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from dsv2.checkpoint.manifest import MANIFEST
+from dsv2.checkpoint.identity import weights_id
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.engine.answer_file import AnswerFile, open_answers
 from dsv2.engine.gather import Gathered, run, shown
@@ -54,9 +54,9 @@ def generate_files(
     lines = read_prompts(sources, params)
     depends_on = {
         "model": str(folder.resolve()),
-        "manifest": sha256_of(folder / MANIFEST) if (folder / MANIFEST).exists() else None,
+        "weights": weights_id(folder),
         "dtype": dtype,
-        "cache": settings.get("cache", "auto"),
+        "cache": str(settings.get("cache", "auto")),
         "max_len": settings.get("max_len"),
         "sampling": asdict(params),
         "prompts": hashlib.sha256("".join(sha256_of(file) for file in sources).encode()).hexdigest(),

@@ -24,6 +24,7 @@ BLOCK_LEN = 64  # tokens of a block; prefixes are shared in units of it and chun
 KEY_BYTES = 32  # a tier compares keys only, so they must not collide even when somebody tries
 _PACK = struct.Struct(f"<{BLOCK_LEN}I").pack
 _UNHELD, _UNPUBLISHED = -1, b""
+_ABSORBED, _EXPANDED = b"a", b"e"  # readings of a block
 
 
 class OutOfBlocks(Exception):
@@ -97,7 +98,7 @@ class BlockPool:
         """Blocks that can be found by content, held or idle."""
         return len(self._index)
 
-    def chain(self, tokens: Ordered[int], salt: bytes | str, count: int, keys: list[bytes]) -> list[bytes]:
+    def chain(self, tokens: Ordered[int], salt: bytes | str, count: int, keys: list[bytes], expanded: int = 0) -> list[bytes]:
         """Extend ``keys`` to the keys of at least the first ``count`` blocks of ``tokens`` and return it.
 
         A sequence keeps this list, so that every block is hashed once in its life.
@@ -106,12 +107,15 @@ class BlockPool:
             tokens: ids, at least ``count`` blocks of them.
             salt: what must be equal too; str counts as its UTF-8 bytes.
             count: blocks.
-            keys: of the first blocks, from an earlier call with the same beginning and salt; changed in place.
+            keys: of the first blocks, from an earlier call with the same beginning, salt and readings; changed in place.
+            expanded: tokens from the first on, whole blocks, that are read in the expanded way, the others in the absorbed one: latents of
+                the two differ in their last bits, so each has keys of its own.
         """
         if len(keys) < count:
             parent = keys[-1] if keys else _root(salt)
             for start in range(len(keys) * BLOCK_LEN, count * BLOCK_LEN, BLOCK_LEN):
-                parent = blake2b(parent + _PACK(*tokens[start : start + BLOCK_LEN]), digest_size=KEY_BYTES).digest()
+                reading = _EXPANDED if start < expanded else _ABSORBED
+                parent = blake2b(parent + _PACK(*tokens[start : start + BLOCK_LEN]) + reading, digest_size=KEY_BYTES).digest()
                 keys.append(parent)
         return keys
 
@@ -125,7 +129,7 @@ class BlockPool:
             idle += not refs[block]
         return count, idle
 
-    def match(self, tokens: Ordered[int], salt: bytes | str, limit: int, keys: list[bytes] | None = None) -> list[int]:
+    def match(self, tokens: Ordered[int], salt: bytes | str, limit: int, keys: list[bytes] | None = None, expanded: int = 0) -> list[int]:
         """Take the cached blocks of the longest known beginning of ``tokens``, from the tier too.
 
         Args:
@@ -133,6 +137,7 @@ class BlockPool:
             salt: as in ``chain``.
             limit: most tokens to take, rounded down to whole blocks.
             keys: as in ``chain``.
+            expanded: as in ``chain``.
 
         Returns:
             Block ids, each with a reference for the caller.
@@ -141,7 +146,7 @@ class BlockPool:
         if not self.reuse:
             return taken
         count = min(limit, len(tokens)) // BLOCK_LEN
-        keys = self.chain(tokens, salt, count, [] if keys is None else keys)
+        keys = self.chain(tokens, salt, count, [] if keys is None else keys, expanded)
         for position in range(count):
             block = self._index.get(keys[position])
             ids = _PACK(*tokens[position * BLOCK_LEN : (position + 1) * BLOCK_LEN])
@@ -172,7 +177,9 @@ class BlockPool:
             self._eras[block] = self._era
         return taken
 
-    def publish(self, blocks: list[int], tokens: Ordered[int], salt: bytes | str, start: int, stop: int, keys: list[bytes]) -> bool:
+    def publish(
+        self, blocks: list[int], tokens: Ordered[int], salt: bytes | str, start: int, stop: int, keys: list[bytes], expanded: int = 0
+    ) -> bool:
         """Let others find the full blocks ``start..stop-1`` of a sequence's table.
 
         Where somebody else has published the same content meanwhile, the table takes over that block and gives its own back. A block
@@ -185,13 +192,14 @@ class BlockPool:
             start: first block to publish; those before it went through here or came from ``match``.
             stop: one past the last.
             keys: as in ``chain``.
+            expanded: as in ``chain``.
 
         Returns:
             Whether an entry of ``blocks`` was replaced.
         """
         if not self.reuse:
             return False
-        self.chain(tokens, salt, stop, keys)
+        self.chain(tokens, salt, stop, keys, expanded)
         replaced = False
         for position in range(start, stop):
             parent, block = blocks[position - 1] if position else _UNHELD, blocks[position]

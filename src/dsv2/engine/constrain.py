@@ -123,11 +123,15 @@ class Grammar:
 class Compilation:
     """A constraint on its way to a ``Grammar``; make it with ``GrammarCompiler.submit``."""
 
-    def __init__(self, deadline: float, limit_s: float) -> None:
-        self._deadline = deadline
+    def __init__(self, limit_s: float) -> None:
+        self._deadline: float | None = None  # its time runs from when compiling begins
         self._limit_s = limit_s
         self._finished = threading.Event()
         self._outcome: Grammar | Exception | None = None
+
+    def begin(self) -> None:
+        """Let its time run, from the thread that compiles."""
+        self._deadline = time.monotonic() + self._limit_s
 
     def settle(self, outcome: Grammar | Exception) -> None:
         """Set the result, from the thread that made it."""
@@ -136,13 +140,19 @@ class Compilation:
 
     @property
     def left_s(self) -> float:
-        """Seconds until its time is over."""
-        return max(0.0, self._deadline - time.monotonic())
+        """Seconds until its time is over; all that it gets while others are before it."""
+        return self._limit_s if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     @property
     def ready(self) -> bool:
         """Whether ``result`` returns or raises at once."""
         return self._finished.is_set() or self.left_s == 0
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is ready, at most so long."""
+        end = time.monotonic() + seconds
+        while not self.ready and (left := end - time.monotonic()) > 0:
+            self._finished.wait(min(left, self.left_s))
 
     def result(self) -> Grammar:
         """Wait for the grammar.
@@ -151,7 +161,8 @@ class Compilation:
             RequestError: the constraint is wrong, too large or too complex, or its time is over.
             MissingExtra: llguidance is not installed.
         """
-        if not self._finished.wait(self.left_s):
+        self.wait(math.inf)
+        if not self._finished.is_set():
             raise RequestError(f"constraint: not compiled within {self._limit_s:g} s", hint="write a simpler constraint")
         outcome = self._outcome
         if isinstance(outcome, Grammar):
@@ -166,7 +177,7 @@ class GrammarCompiler:
 
     Args:
         tokenizer: the model's.
-        time_limit_s: seconds from ``submit`` until a compilation counts as failed.
+        time_limit_s: seconds that one may be compiled until it counts as failed.
         on_settled: called after each, from the thread that compiled.
     """
 
@@ -203,7 +214,7 @@ class GrammarCompiler:
         with self._lock:
             if constraint in self._under_way:  # also one whose time is over: a second try would only take another thread
                 return self._under_way[constraint]
-            job = Compilation(time.monotonic() + self._time_limit_s, self._time_limit_s)
+            job = Compilation(self._time_limit_s)
             if constraint in self._cache:
                 self._cache.move_to_end(constraint)
                 job.settle(self._cache[constraint])
@@ -217,6 +228,11 @@ class GrammarCompiler:
                 threading.Thread(target=self._work, name="grammar-compiler", daemon=True).start()
             return job
 
+    def has_room(self, constraint: Constraint) -> bool:
+        """Tell whether ``submit`` would take this one."""
+        with self._lock:
+            return constraint in self._under_way or constraint in self._cache or len(self._queue) < MAX_QUEUED
+
     def compile(self, constraint: Constraint) -> Grammar:
         """Compile and wait; raises as ``Compilation.result``."""
         return self.submit(constraint).result()
@@ -229,13 +245,13 @@ class GrammarCompiler:
                     self._threads -= 1
                     return
                 constraint, job = self._queue.popleft()
-            outcome: Grammar | Exception = RequestError("constraint: its time was over before its turn came", hint="try again later")
-            if not job.ready:
-                try:
-                    self.prepare()
-                    outcome = self._build(constraint, job.left_s)
-                except Exception as error:  # of any kind: it belongs to the request, and this thread serves others
-                    outcome = error
+            job.begin()
+            outcome: Grammar | Exception
+            try:
+                self.prepare()
+                outcome = self._build(constraint, job.left_s)
+            except Exception as error:  # of any kind: it belongs to the request, and this thread serves others
+                outcome = error
             with self._lock:
                 if self._under_way.get(constraint) is job:
                     del self._under_way[constraint]

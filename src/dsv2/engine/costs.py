@@ -6,8 +6,6 @@ rows are decoded tokens (drafts count), tokens those of prefill chunks, pairs th
 either. The true cost bends (experts are shared, caches are finite), so the estimate follows the mixture of steps that is being run.
 """
 
-from math import inf
-
 from dsv2.engine.blocks import BLOCK_LEN
 
 # Where to start before the first step: proportions derived for V2-Lite shapes on two cores. The first step observed scales all four.
@@ -65,12 +63,10 @@ class StepCosts:
             start: first position.
             known: the prompt's end.
             tokens: most tokens, rounded down to whole units.
-            seconds: most seconds, may be infinite or negative.
+            seconds: most seconds, may be negative.
             due: whether one unit is given whatever it costs in seconds.
         """
         last = min(known, (start // BLOCK_LEN + tokens // BLOCK_LEN) * BLOCK_LEN)
-        if seconds == inf:
-            return max(0, last - start)
         end = start
         while end < last:
             stop = min(last, (end // BLOCK_LEN + 1) * BLOCK_LEN)

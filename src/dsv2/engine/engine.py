@@ -9,31 +9,29 @@ written, and pieces of prompts. The caller's thread does all the work; nothing r
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from itertools import count
 from math import inf
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped
+from dsv2.engine.answer import MOST_DRAFTED, Answer, Dropped, PromptRecord
 from dsv2.engine.blocks import BlockPool
 from dsv2.engine.constrain import Compilation, Grammar, GrammarCompiler
 from dsv2.engine.gather import collect, run
 from dsv2.engine.native import Answered, Piece, StackWeights
 from dsv2.engine.pieces import pieces_of
-from dsv2.engine.request import Output, Request, require_fit
+from dsv2.engine.request import FinishReason, Output, Request, require_fit
 from dsv2.engine.sampler import NotFinite, draw_seed, read_logprobs, sample
 from dsv2.engine.scheduler import Scheduler
 from dsv2.engine.sequence import Chunk, Plan
 from dsv2.engine.sequence import Sequence as Row
-from dsv2.engine.stack import Backend, CacheKind, Stack, is_fp32, open_stack, open_tier, plan_cache
+from dsv2.engine.settings import Backend, CacheKind, require_settings
+from dsv2.engine.stack import Stack, is_fp32, open_stack, open_tier, plan_cache
 from dsv2.errors import CheckpointError, ConfigError, MissingExtra, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
-
-_T = TypeVar("_T")
 
 _SCORED_ROWS = 128  # rows of logits kept at a time where a whole prompt's are wanted
 _DRAFTING_UP_TO = 4  # answers at once: in larger batches a step is bound by arithmetic, and drafts only add to it
@@ -43,8 +41,7 @@ class Engine:
     """A model that serves many requests at once.
 
     A request's text depends on its prompt, parameters and seed alone, whatever shares its steps. (On GPUs and without a C++ compiler,
-    where torch computes, the rounding of products may vary with the batch. A prefix found in the cache may have been computed in the other
-    reading: equal but for rounding.)
+    where torch computes, the rounding of products may vary with the batch.)
 
     Args:
         model: a model, read in place at each step, so that a training loop may sample between its own steps (``weights_changed``); or a
@@ -91,12 +88,11 @@ class Engine:
     ) -> None:
         config = model.config
         longest = config.max_position_embeddings
-        if max_batch < 1:
-            raise ConfigError(f"max_batch = {max_batch} must be at least 1")
-        if max_len is not None and not 1 <= max_len <= longest:
+        given: dict[str, object] = {"max_batch": max_batch, "max_len": max_len, "threads": threads, "cache": cache, "cache_gb": cache_gb}
+        given |= {"backend": backend, "disk_cache_gb": disk_cache_gb, "max_step_s": max_step_s}
+        require_settings(given, frozenset(given))
+        if max_len is not None and max_len > longest:
             raise ConfigError(f"max_len = {max_len} is not from 1 to max_position_embeddings = {longest}")
-        if not max_step_s > 0:
-            raise ConfigError(f"max_step_s = {max_step_s} must be above 0")
         if tokenizer.num_tokens > config.vocab_size:
             raise CheckpointError(f"the tokenizer has {tokenizer.num_tokens} ids, the model's vocabulary only {config.vocab_size}")
         self.tokenizer = tokenizer
@@ -117,7 +113,8 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, on_settled=lambda: self.on_compiled())
         self._requests: dict[str, list[Answer]] = {}  # unfinished answers
         self._answers: dict[int, Answer] = {}  # by sequence
-        self._compiling: deque[tuple[Request, Compilation]] = deque()
+        self._compiling: deque[tuple[Request, Compilation, float | None]] = deque()  # with its deadline
+        self._behind: deque[tuple[Answer, list[Answer]]] = deque()  # an answer that records its prompt, and those that wait for it
         self._numbers = count()
         self._nonce = secrets.token_hex(8)  # numbers begin anew in each engine, and a disk outlives them
         self._undelivered: list[Output] = []  # of other requests, made while one was streamed
@@ -132,7 +129,8 @@ class Engine:
         """Seconds that ``step`` would only wait: 0 with work at hand, else until a constraint is late; infinity without any."""
         if self._answers or self._undelivered:
             return 0.0
-        return min((0.0 if job.ready else job.left_s for _, job in self._compiling), default=inf)
+        now = time.monotonic()
+        return min((_wait_s(job, deadline, now) for _, job, deadline in self._compiling), default=inf)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -162,11 +160,16 @@ class Engine:
         self.check(request)
         constraint = request.params.constraint
         job = None if constraint is None else self._grammars.submit(constraint)
+        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         self._requests[request.request_id] = []
         if job is None:
-            self._start(request, None)
+            self._start(request, None, deadline)
         else:
-            self._compiling.append((request, job))
+            self._compiling.append((request, job, deadline))
+
+    def has_room(self, request: Request) -> bool:
+        """Tell whether a request may be added now; else too many constraints of others wait to be compiled."""
+        return request.params.constraint is None or self._grammars.has_room(request.params.constraint)
 
     def check(self, request: Request) -> None:
         """Raise the RequestError that ``add`` would."""
@@ -174,25 +177,44 @@ class Engine:
             raise RequestError(f"request_id = {request.request_id!r} is already running", hint="give every running request its own id")
         require_fit(request, max_len=self.max_len, num_tokens=self.tokenizer.num_tokens)
 
-    def _start(self, request: Request, grammar: Grammar | None) -> None:
+    def _start(self, request: Request, grammar: Grammar | None, deadline: float | None) -> None:
         """Hand a request's answers to the scheduler."""
         params, seed = request.params, draw_seed(request.params)
         recorded = params.prompt_logprobs is not None
-        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        # what is recorded of every token must be computed: a prefix of another request's would leave it out
+        salt = f"recorded {self._nonce} {next(self._numbers)}" if request.record_experts else f"shared {request.cache_salt}"
+        prompt = PromptRecord()
         for index in range(params.n):
             number = next(self._numbers)
-            # what is recorded of every token must be computed: a prefix of somebody else's would leave it out
-            salt = f"recorded {self._nonce} {number}" if request.record_experts else f"shared {request.cache_salt}"
             row = Row(
                 number, list(request.tokens), len(request.tokens) + params.max_tokens, salt=salt, priority=request.priority,
-                deadline=deadline, all_logits=recorded,
+                deadline=deadline, all_logits=recorded and not index,
             )  # fmt: skip
             speculate = self._speculate and params.max_tokens > 1
-            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=speculate)
+            answer = Answer(request, index, row, self.tokenizer, seed=seed, grammar=grammar, speculate=speculate, prompt=prompt)
             row.num_scored = answer.first_scored
-            self._scheduler.add(row)
             self._requests[request.request_id].append(answer)
             self._answers[number] = answer
+        first, *others = self._requests[request.request_id]
+        self._scheduler.add(first.seq)
+        if recorded:
+            self._behind.append((first, others))
+        else:
+            self._add_rows(others)
+
+    def _add_rows(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            if answer.seq.seq_id in self._answers:  # not aborted
+                self._scheduler.add(answer.seq)
+
+    def _start_behind(self) -> None:
+        """Start the other answers to prompts whose log-probabilities the first one has recorded, or will not."""
+        for _ in range(len(self._behind)):
+            first, others = self._behind.popleft()
+            if first.seq.seq_id in self._answers and not first.num_new:
+                self._behind.append((first, others))
+            else:
+                self._add_rows(others)
 
     def step(self) -> list[Output]:
         """Run one step; return what each answer gained.
@@ -205,6 +227,7 @@ class Engine:
         outputs = self.leftovers()
         try:
             outputs += self._start_compiled(wait=not outputs)
+            self._start_behind()
             plan = self._scheduler.schedule(time.monotonic())
             outputs += [self._finished(self._answers[row.seq_id], "deadline") for row in plan.expired]
             if plan.chunks:
@@ -217,23 +240,27 @@ class Engine:
     def _start_compiled(self, *, wait: bool) -> list[Output]:
         """Start requests whose constraint is ready; wait for the first where that is allowed and there is nothing else to do."""
         failed: list[Output] = []
-        busy = not wait or self.idle_s == 0
+        if wait and self._compiling:
+            self._compiling[0][1].wait(self.idle_s)
         for _ in range(len(self._compiling)):
-            request, job = self._compiling.popleft()
-            name = request.request_id
-            if name not in self._requests:
-                continue  # aborted
-            if busy and not job.ready:
-                self._compiling.append((request, job))
-                continue
-            busy = True
-            try:
-                self._start(request, job.result())
-            except (RequestError, MissingExtra) as error:
-                del self._requests[name]
-                length, text = len(request.tokens), str(error)
-                failed += [Output(name, (), "", "error", None, length, index, error=text) for index in range(request.params.n)]
+            request, job, deadline = self._compiling.popleft()
+            if deadline is not None and time.monotonic() >= deadline:
+                failed += self._unstarted(request, "deadline")
+            elif not job.ready:
+                self._compiling.append((request, job, deadline))
+            else:
+                try:
+                    self._start(request, job.result(), deadline)
+                except (RequestError, MissingExtra) as error:
+                    failed += self._unstarted(request, "error", str(error))
         return failed
+
+    def _unstarted(self, request: Request, reason: FinishReason, error: str | None = None) -> list[Output]:
+        """End a request whose constraint was being compiled."""
+        name, length = request.request_id, len(request.tokens)
+        del self._requests[name]
+        self._compiling = deque(entry for entry in self._compiling if entry[0] is not request)
+        return [Output(name, (), "", reason, None, length, index, error=error) for index in range(request.params.n)]
 
     def _run(self, plan: Plan) -> list[Output]:
         started = time.perf_counter()
@@ -260,12 +287,12 @@ class Engine:
             stop = min(known, wanted + _SCORED_ROWS)
             rows = self._stack.step(pieces_of(chunk, start, stop, wanted_from=wanted), want_experts=answer.request.record_experts)
             if rows.experts is not None:
-                _put(answer.experts, start, list(rows.experts.transpose(1, 0, 2)))
+                answer.record_experts(start, list(rows.experts.transpose(1, 0, 2)))
             try:
                 read = read_logprobs(rows.logits, chunk.seq.tokens[wanted + 1 : stop + 1], top, num_tokens=self.tokenizer.num_tokens)
             except NotFinite as failure:
                 raise self._dropped([answer], failure) from failure
-            _put(answer.prompt_logprobs, wanted - first, read)
+            answer.prompt.logprobs[wanted - first :] = read  # what stood there was before a preemption
             start = stop
         return pieces_of(chunk, start) if start < end else pieces_of(chunk, end - 1)
 
@@ -276,7 +303,7 @@ class Engine:
             first = chunk.start if not chunk.seq.all_logits else self._first_left(chunk)
             length = chunk.start + chunk.length - first
             if answer.request.record_experts:
-                _put(answer.experts, first, list(experts[:, row : row + length].transpose(1, 0, 2)))
+                answer.record_experts(first, list(experts[:, row : row + length].transpose(1, 0, 2)))
             row += length
 
     def _first_left(self, chunk: Chunk) -> int:
@@ -352,9 +379,8 @@ class Engine:
         self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
         answers = list(self._requests.get(request_id, ()))
         if request_id in self._requests and not answers:  # its constraint is being compiled
-            del self._requests[request_id]
-            (request,) = (request for request, _ in self._compiling if request.request_id == request_id)
-            return [Output(request_id, (), "", "abort", None, len(request.tokens), index) for index in range(request.params.n)]
+            (request,) = (request for request, _, _ in self._compiling if request.request_id == request_id)
+            return self._unstarted(request, "abort")
         for answer in answers:
             self._scheduler.cancel(answer.seq.seq_id)
         return [self._finished(answer, "abort") for answer in answers]
@@ -393,7 +419,6 @@ class Engine:
         return [output for output in outputs if output.request_id in request_ids]
 
 
-def _put(entries: list[_T], start: int, values: list[_T]) -> None:
-    """Write values from a position on; what stood there was computed for a draft or before a preemption."""
-    del entries[start:]
-    entries.extend(values)
+def _wait_s(job: Compilation, deadline: float | None, now: float) -> float:
+    """Return the seconds until a compilation has to be looked at if it does not end before."""
+    return 0.0 if job.ready else min(job.left_s, inf if deadline is None else max(0.0, deadline - now))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from dsv2.engine.answer import joined
@@ -23,19 +22,24 @@ _REFRESH_S = 0.25  # between two changes of the progress line
 def run(engine: "Engine", requests: Iterable[Request]) -> Generator[Output, None, None]:
     """Yield the outputs of these requests as they come; closing the iterator aborts those that have not finished.
 
-    Requests join in order, as others finish. What else the engine holds advances meanwhile; its outputs are kept for who asks for them.
+    Requests join in order, as others finish and constraints are compiled. What else the engine holds advances meanwhile; its outputs are
+    kept for who asks for them.
 
     Raises:
         RequestError: as ``Engine.add``, when it is a request's turn.
     """
     coming = iter(requests)
     unfinished: dict[str, int] = {}  # answers of a request
+    waiting: Request | None = None  # the next one, while too many constraints are to be compiled
     try:
         while True:
-            for request in islice(coming, _WINDOW * engine.max_batch - len(unfinished)):
+            while len(unfinished) < _WINDOW * engine.max_batch and (request := waiting or next(coming, None)) is not None:
+                waiting = None if engine.has_room(request) else request
+                if waiting:
+                    break
                 engine.add(request)
                 unfinished[request.request_id] = request.params.n
-            if not unfinished:
+            if not unfinished and waiting is None:
                 return
             outputs = engine.step_for(unfinished)
             for output in outputs:

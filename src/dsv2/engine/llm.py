@@ -16,6 +16,7 @@ from dsv2.engine.native import StackWeights
 from dsv2.engine.opening import Dtype, EngineSettings, open_weights
 from dsv2.engine.prompts import Messages, Params, Prompt, RequestBuilder, RequestOptions, Score, score_of
 from dsv2.engine.request import Output, SamplingParams
+from dsv2.engine.settings import require_settings
 from dsv2.errors import ConfigError, RequestError
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.chat import Template, content_of
@@ -37,6 +38,7 @@ class LLM:
             read where it lies: after its weights were changed, call ``weights_changed``.
         tokenizer: of a model in memory; None: the folder's.
         dtype: of a folder's weights in memory: "fp32", "bf16", "int8"; "auto": the first of these that fits, a packed folder as it is.
+        verify: compare the hash of a packed file with its manifest's before it is used; takes longer than reading it.
         settings: of ``Engine``: max_batch, max_len, cache, cache_gb, threads, backend, reuse, speculate, max_step_s,
             disk_cache, disk_cache_gb, weights_id (of a folder: its own).
 
@@ -57,14 +59,16 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         dtype: Dtype = "auto",
+        verify: bool = False,
         **settings: Unpack[EngineSettings],
     ) -> None:
+        require_settings(settings, EngineSettings.__optional_keys__)
         self.default_params = SamplingParams()
         if isinstance(model, str | Path):
             folder = latest_checkpoint(model)
             tokenizer = tokenizer or Tokenizer.load(folder)
             self.default_params = SamplingParams(**sampling_defaults(folder))
-            model = open_weights(folder, dtype)
+            model = open_weights(folder, dtype, verify=verify)
             settings.setdefault("weights_id", weights_id(folder))
         elif dtype != "auto":
             raise ConfigError(f"dtype = {dtype!r} beside a model in memory, whose weights stay as they are", hint="leave dtype out")

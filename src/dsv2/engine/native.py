@@ -5,6 +5,7 @@ alone, whatever shares the step.
 """
 
 import ctypes
+import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from jaxtyping import Float32, Int32
 from torch import Tensor
 
 from dsv2.engine.cache import LatentStore
-from dsv2.errors import CheckpointError, ConfigError
+from dsv2.errors import CheckpointError, ConfigError, RequestError
 from dsv2.kernels.cpu import library as native
 from dsv2.model.attention import LATENT_NORM_EPS
 from dsv2.model.config import ModelConfig
@@ -185,6 +186,7 @@ class NativeStack:
         self.weights = weights
         self._layers = (native.Layer * len(weights.layers))(*weights.layers)
         self._model = _model_of(weights, self._layers, self._frequencies)
+        self._process = os.getpid()
         self._handle = self._lib.dsv2_open(ctypes.byref(self._model), self._threads)
         if not self._handle:
             raise MemoryError("the native step could not be set up")
@@ -200,9 +202,9 @@ class NativeStack:
 
     def close(self) -> None:
         """Stop the threads and give back the working memory."""
-        if self._handle:
-            self._lib.dsv2_close(self._handle)
-            self._handle = None
+        handle, self._handle = self._handle, None
+        if handle and os.getpid() == self._process:  # a fork has the memory but not the threads, and would wait for them for ever
+            self._lib.dsv2_close(handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -222,7 +224,14 @@ class NativeStack:
 
         Raises:
             CheckpointError: working memory ran out.
+            RequestError: it is closed, or was opened by another process.
         """
+        if not self._handle:
+            raise RequestError("the engine is closed", hint="open the model again")
+        if os.getpid() != self._process:
+            raise RequestError(
+                f"the engine was opened in process {self._process}, this is its fork {os.getpid()}", hint="open the model after the fork"
+            )
         tokens, positions, wanted, tables = array("i"), array("i"), array("i"), []
         segments = (native.Segment * len(pieces))()
         for segment, piece in zip(segments, pieces, strict=True):

@@ -10,7 +10,7 @@ from dsv2.checkpoint.generation import sampling_defaults
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
 from dsv2.engine.native import StackWeights
 from dsv2.engine.request import SamplingParams
-from dsv2.engine.stack import Backend, CacheKind
+from dsv2.engine.settings import Backend, CacheKind
 from dsv2.engine.weights import load_packed, packed_scheme
 from dsv2.errors import ConfigError
 from dsv2.model.transformer import Transformer
@@ -37,8 +37,13 @@ class EngineSettings(TypedDict, total=False):
     max_step_s: float
 
 
-def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeights:
+def open_weights(folder: Path, dtype: Dtype = "auto", *, verify: bool = False) -> Transformer | StackWeights:
     """Load a model folder for the engine: a packed one as it is, any other in ``dtype``.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights in memory.
+        verify: compare a packed file's hash with the manifest's first, which takes longer than reading it.
 
     Raises:
         ConfigError: a dtype is asked of a packed model, or it is unknown.
@@ -47,7 +52,7 @@ def open_weights(folder: Path, dtype: Dtype = "auto") -> Transformer | StackWeig
     if packed_scheme(folder) is not None:
         if dtype != "auto":
             raise ConfigError(f"{folder} is packed; dtype = {dtype} cannot change its weights", hint="pack the model again: dsv2 quantize")
-        return load_packed(folder)
+        return load_packed(folder, check=verify)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
     chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]

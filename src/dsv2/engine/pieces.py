@@ -3,10 +3,6 @@
 from dsv2.engine.native import Piece
 from dsv2.engine.sequence import Chunk
 
-# Prompt tokens in whole units of so many are read in the expanded way, all others in the absorbed one: about where the two cost the same
-# (171 query tokens, whatever the model's size). By position, not by load, so that a token's result does not depend on what runs beside it.
-EXPANDED_UNIT = 256
-
 
 def pieces_of(chunk: Chunk, start: int, stop: int | None = None, *, wanted_from: int | None = None) -> list[Piece]:
     """Cut a chunk where its reading changes.
@@ -21,7 +17,7 @@ def pieces_of(chunk: Chunk, start: int, stop: int | None = None, *, wanted_from:
     known = len(seq.tokens)
     tokens = seq.tokens[start:end] if end <= known else [*seq.tokens[start:known], *seq.draft[: end - known]]
     wanted = wanted_from if wanted_from is not None else known - 1
-    border = seq.prompt_len // EXPANDED_UNIT * EXPANDED_UNIT
+    border = seq.expanded
     cuts = [start, border, end] if start < border < end else [start, end]
     return [
         Piece(tokens[first - start : last - start], first, seq.blocks, last <= border, range(max(0, wanted - first), last - first))

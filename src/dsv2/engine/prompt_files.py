@@ -127,6 +127,12 @@ def _line(place: str, row: Mapping[str, Any], params: SamplingParams, number: in
     chosen = {name: row[name] for name in _SAMPLING if name in row}
     if isinstance(chosen.get("constraint"), dict):
         chosen["constraint"] = _constraint(chosen["constraint"])
+    if isinstance(chosen.get("logit_bias"), dict):  # keys of a JSON object are text
+        chosen["logit_bias"] = {int(key) if key.isascii() and key.isdigit() else key: bias for key, bias in chosen["logit_bias"].items()}
+    if isinstance(chosen.get("stop"), str):
+        raise DataError(
+            "stop is a JSON text, not a list of texts", hint=f'write "stop": {json.dumps([chosen["stop"]], ensure_ascii=False)}'
+        )
     if params.seed is not None:
         chosen.setdefault("seed", params.seed + number)
     return PromptLine(place, name, asked, replace(params, **chosen), "max_tokens" in row)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "grammar"]
 MAX_LOGPROBS = 20
-MAX_SAMPLES = 8  # of one request
+MAX_SAMPLES = 128  # of one request
 MAX_STOPS, MAX_STOP_LEN = 16, 256  # strings, characters
 MAX_STOP_TOKENS = 1024
 MAX_BIASES, MAX_BIAS = 1024, 100.0
@@ -94,7 +94,7 @@ class SamplingParams:
         logprobs: None gives none; n gives each token's log-probability and those of the n most probable tokens; at most 20.
         prompt_logprobs: the same for the tokens of the prompt after its first.
         prompt_logprobs_from: only for those from this position of the prompt on, counted from 0; what lies before may come from the cache.
-        n: answers to the prompt, 1 to 8; each draws from a stream of its own, made of the seed and its index.
+        n: answers to the prompt, 1 to 128; each draws from a stream of its own, made of the seed and its index.
         constraint: form that the answer must have. It decides where the answer may end, so ``min_tokens`` and ``ignore_eos`` are
             refused beside it.
 

@@ -17,7 +17,6 @@ pause between two, so priorities still mean something when a long queue has grow
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence as Ordered
-from math import inf
 from operator import attrgetter
 
 from dsv2.engine.blocks import BLOCK_LEN, BlockPool, OutOfBlocks, blocks_for
@@ -27,6 +26,7 @@ from dsv2.engine.sequence import Chunk, Plan, Sequence, State
 from dsv2.engine.waiting import SequenceHeap, Siblings
 
 PREFILL_EVERY = 4  # steps: so often at least, a unit of some prompt is computed beside decoding, whatever it costs
+LONE_PREFILL_S = 1.0  # that a step of prompts alone may take: whoever comes meanwhile, or a deadline, waits for its end
 ELDER_EVERY = 4  # steps: so often the elder's prompt comes first, with one unit
 # Reading a member of an enum costs as much as the rest of a comparison.
 WAITING, PARKED, RUNNING, ENDED = State.WAITING, State.PARKED, State.RUNNING, State.ENDED
@@ -40,7 +40,8 @@ class Scheduler:
         pool: blocks of the cache; nobody else holds any.
         max_sequences: most sequences that run at once.
         chunk_len: most tokens of prompts in a step, a multiple of ``BLOCK_LEN``.
-        max_step_s: seconds that a step with decoding sequences may take; prompts are cut to fit the prediction.
+        max_step_s: seconds that a step with decoding sequences may take; prompts are cut to fit the prediction, but for a unit now and then
+            (``PREFILL_EVERY``).
         patience: steps that a sequence is overtaken before it may become the elder.
 
     Raises:
@@ -275,7 +276,7 @@ class Scheduler:
             if not self._running:
                 raise RuntimeError(f"no sequence runs, yet {pool.num_used} of {pool.num_blocks} blocks are held")
             return False
-        blocks = pool.match(seq.tokens, seq.salt, reusable * BLOCK_LEN, seq.keys)
+        blocks = pool.match(seq.tokens, seq.salt, reusable * BLOCK_LEN, seq.keys, seq.expanded)
         num_matched = len(blocks)
         try:
             blocks += pool.allocate(blocks_for(len(seq.tokens)) - num_matched)
@@ -289,7 +290,8 @@ class Scheduler:
         seq.state = RUNNING
         insort(self._running, seq, key=_by_rank)
         if pool.reuse:
-            self._siblings.announce(seq, pool.chain(seq.tokens, seq.salt, len(seq.tokens) // BLOCK_LEN, seq.keys)[num_matched:])
+            keys = pool.chain(seq.tokens, seq.salt, len(seq.tokens) // BLOCK_LEN, seq.keys, seq.expanded)
+            self._siblings.announce(seq, keys[num_matched:])
         return True
 
     def _make_room(self, seq: Sequence, reusable: int) -> bool:
@@ -298,7 +300,7 @@ class Scheduler:
         One block stays free for each sequence that runs: they grow, and would soon preempt the newcomer.
         """
         pool, running = self.pool, self._running
-        keys = pool.chain(seq.tokens, seq.salt, reusable, seq.keys)
+        keys = pool.chain(seq.tokens, seq.salt, reusable, seq.keys, seq.expanded)
         gain = count = 0
         while True:
             num_left = len(running) - count
@@ -343,9 +345,9 @@ class Scheduler:
             unit_only = self._step % ELDER_EVERY == 0
             if not unit_only:
                 prefills.append(prefills.pop(0))
-        due = unit_only or self._steps_without_prefill >= PREFILL_EVERY - 1
+        due = unit_only or not num_rows or self._steps_without_prefill >= PREFILL_EVERY - 1
         costs = self.costs
-        seconds_left = self._max_step_s - costs.predict(num_rows, 0, pairs) if num_rows else inf
+        seconds_left = self._max_step_s - costs.predict(num_rows, 0, pairs) if num_rows else LONE_PREFILL_S
         tokens_left = self._chunk_len
         for seq in prefills:
             start, known = seq.num_computed, len(seq.tokens)
@@ -365,7 +367,7 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, stop: int) -> None:
         """Publish the blocks of a sequence up to ``stop`` and release who waited for one of them."""
-        if self.pool.publish(seq.blocks, seq.tokens, seq.salt, seq.num_published, stop, seq.keys):
+        if self.pool.publish(seq.blocks, seq.tokens, seq.salt, seq.num_published, stop, seq.keys, seq.expanded):
             seq.table_version += 1
         self._release(self._siblings.published(seq.keys[seq.num_published : stop]))
         seq.num_published = stop

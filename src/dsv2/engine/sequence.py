@@ -8,6 +8,10 @@ from dsv2.engine.blocks import BLOCK_LEN, blocks_for
 from dsv2.engine.request import MAX_PRIORITY
 from dsv2.errors import RequestError
 
+# Prompt tokens in whole units of so many are read in the expanded way, all others in the absorbed one: about where the two cost the same
+# (171 query tokens, whatever the model's size). By position, not by load, so that a token's result does not depend on what runs beside it.
+EXPANDED_UNIT = 256
+
 
 class State(Enum):
     """Where a sequence is."""
@@ -35,6 +39,7 @@ class Sequence:
 
     Attributes:
         prompt_len: tokens of the prompt.
+        expanded: those of them, from the first on, that are read in the expanded way.
         num_computed: tokens whose latents are in the cache.
         blocks: the block table, ``BLOCK_LEN`` tokens each.
         table_version: grows when entries of ``blocks`` that were there before are replaced or go; appending leaves it.
@@ -46,8 +51,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "all_logits", "arrival", "blocks", "born_step", "deadline", "draft", "in_flight", "keys", "max_len", "num_computed", "num_hit",
-        "num_preempted", "num_published", "num_scored", "priority", "prompt_len", "rank", "salt", "seq_id", "started", "state",
+        "all_logits", "arrival", "blocks", "born_step", "deadline", "draft", "expanded", "in_flight", "keys", "max_len", "num_computed",
+        "num_hit", "num_preempted", "num_published", "num_scored", "priority", "prompt_len", "rank", "salt", "seq_id", "started", "state",
         "table_version", "tokens",
     )  # fmt: skip
 
@@ -65,6 +70,7 @@ class Sequence:
         self.seq_id = seq_id
         self.tokens = tokens
         self.prompt_len = len(tokens)
+        self.expanded = self.prompt_len // EXPANDED_UNIT * EXPANDED_UNIT
         self.max_len = max_len
         self.salt = salt
         self.priority = priority

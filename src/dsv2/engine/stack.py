@@ -4,13 +4,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 
 from dsv2.engine.blocks import BLOCK_LEN, blocks_for
 from dsv2.engine.cache import NAMES, LatentStore, entry_bytes
 from dsv2.engine.native import Answered, NativeStack, Piece, StackWeights, serves, weights_of
+from dsv2.engine.settings import Backend, CacheKind
 from dsv2.engine.tier import DiskTier, fingerprint
 from dsv2.engine.torch_stack import TorchStack
 from dsv2.errors import ConfigError
@@ -19,9 +20,8 @@ from dsv2.kernels.cpu.library import CacheFormat, Type, library
 from dsv2.machine import available_memory
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
+from dsv2.progress import say
 
-Backend = Literal["auto", "native", "torch"]
-CacheKind = Literal["auto", "fp32", "bf16", "8", "6"]
 _SHARE = 0.5  # of the available memory that a cache may take when nobody says how much
 _LEAST_TOKENS = 4096  # a cache that nobody sized holds at least one request of this length, or of the context if that is shorter
 
@@ -92,21 +92,20 @@ def plan_cache(config: ModelConfig, kind: CacheKind, *, max_batch: int, max_len:
         fp32: the weights are.
 
     Raises:
-        ConfigError: the kind is unknown or not possible, or not even one block fits.
+        ConfigError: the kind is not possible, not even one block fits, or more is asked for than memory has.
     """
-    if kind not in get_args(CacheKind):
-        raise ConfigError(f"cache = {kind!r} is not one of: {', '.join(get_args(CacheKind))}")
-    chosen = NAMES[("fp32" if fp32 else "bf16") if kind == "auto" else kind]
+    chosen = NAMES[("fp32" if fp32 else "bf16") if kind == "auto" else str(kind)]
     per_token = config.num_hidden_layers * entry_bytes(config, chosen)
-    wanted = max_batch * blocks_for(max_len)
+    wanted, free = max_batch * blocks_for(max_len), available_memory()
     if cache_gb is not None:
         blocks = int(cache_gb * 1e9) // (BLOCK_LEN * per_token)
         if blocks < 1:
             raise ConfigError(
                 f"cache_gb = {cache_gb:g} holds not even one block of {BLOCK_LEN} tokens, {BLOCK_LEN * per_token / 1e9:.4f} GB"
             )
+        if free is not None and cache_gb * 1e9 > free:
+            raise ConfigError(f"cache_gb = {cache_gb:g} is more than the {free / 1e9:.1f} GB of memory that are available", hint="lower it")
         return CachePlan(chosen, blocks, per_token)
-    free = available_memory()
     room = wanted if free is None else int(free * _SHARE) // (BLOCK_LEN * per_token)
     return CachePlan(chosen, min(wanted, max(room, blocks_for(min(max_len, _LEAST_TOKENS)))), per_token)
 
@@ -115,16 +114,21 @@ def open_stack(model: Transformer | StackWeights, plan: CachePlan, *, backend: B
     """Return what runs the stack: native code where it can, else torch.
 
     Raises:
-        Unavailable: native code was asked for and cannot run here; the message says why.
-        ConfigError: it does not serve this model.
+        Unavailable: native code was asked for, or is needed, and cannot run here; the message says why.
+        ConfigError: it does not serve this model, or DSV2_CPU names no kernels.
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"backend = {backend!r} is not one of: {', '.join(get_args(Backend))}")
     threads = torch.get_num_threads() if threads is None else threads
     if not 1 <= threads <= (os.cpu_count() or 1) * 4:
         raise ConfigError(f"threads = {threads} is not from 1 to {(os.cpu_count() or 1) * 4}")
     if isinstance(model, StackWeights):
-        return NativeStack(model, LatentStore(model.config, plan.kind, plan.num_blocks), threads=threads, num_tokens=num_tokens)
+        hint = "or serve the folder that was packed, which torch can run"
+        if backend == "torch":
+            raise ConfigError("a packed model needs the native kernels: backend = torch cannot run it", hint=f"leave backend out, {hint}")
+        try:
+            return NativeStack(model, LatentStore(model.config, plan.kind, plan.num_blocks), threads=threads, num_tokens=num_tokens)
+        except Unavailable as why:
+            advice = why.hint or "leave DSV2_CPU unset"
+            raise Unavailable(f"a packed model needs the native kernels: {why.message}", hint=f"{advice}, {hint}") from why
     native = serves(model)
     if backend == "native" and not native:
         raise ConfigError(
@@ -135,9 +139,11 @@ def open_stack(model: Transformer | StackWeights, plan: CachePlan, *, backend: B
             library()
             store = LatentStore(model.config, plan.kind, plan.num_blocks)
             return NativeStack(weights_of(model), store, threads=threads, num_tokens=num_tokens, live=model)
-        except Unavailable:
+        except Unavailable as why:
             if backend == "native":
                 raise
+            if os.environ.get("DSV2_CPU") != "torch":  # which asks for it
+                say(f"torch computes in place of the native kernels: {why.message}" + (f" ({why.hint})" if why.hint else ""))
     return TorchStack(model, plan.kind, plan.num_blocks, num_tokens=num_tokens)
 
 

@@ -87,7 +87,7 @@ class Siblings:
         """
         if not self._leaders or seq is elder:
             return False
-        keys = self._pool.chain(seq.tokens, seq.salt, count, seq.keys)
+        keys = self._pool.chain(seq.tokens, seq.salt, count, seq.keys, seq.expanded)
         position, _ = self._pool.peek(keys, count)
         leader = self._leaders.get(keys[position]) if position < count else None
         if leader is None or (leader.priority < seq.priority and leader is not elder):

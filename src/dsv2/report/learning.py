@@ -37,9 +37,7 @@ def loss_section(record: Record) -> FigureSection:
     assert train is not None  # load_record refuses others
     held_out = coloured(list(record.held_out("loss").values()), dots=True)
     what = "loss, nats per comparison" if record.of_kind("evaluation") else "loss, nats per token"
-    chart = Chart(
-        what, (Curve(train, INK, raw=True), *held_out), cut=True, marks=tuple(line_tokens(record, record.spikes))
-    )
+    chart = Chart(what, (Curve(train, INK, raw=True), *held_out), cut=True, marks=tuple(line_tokens(record, record.spikes)))
     caption = "Training loss of each step (thin) and its mean (thick), first steps cut off at the top"
     caption += "; dots: loss on held-out documents, by domain." if held_out else "."
     caption += " Triangles: spikes that the guard caught." if chart.marks else ""

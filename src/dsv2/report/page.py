@@ -1,8 +1,10 @@
 """Sections and the page around them: frozen records in, one self-contained HTML file out; every text is escaped."""
 
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -118,14 +120,45 @@ def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], s
     Raises:
         DataError: the disk is full or may not be written.
     """
-    style = (files("dsv2.report") / "style.css").read_text(encoding="utf8")
-    cards = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for label, value in summary)
     level = 3 if any(isinstance(section, ChapterSection) for section in sections) else 2
     body = "\n".join(render(section, number, level) for number, section in enumerate(sections))
+    write_page(out, title=title, summary=summary, subtitle=subtitle, contents=render_contents(sections), body=body)
+
+
+def write_page(
+    out: Path,
+    *,
+    title: str,
+    summary: Sequence[tuple[str, str]],
+    body: str,
+    contents: str = "",
+    subtitle: str = "",
+    style: str = "",
+    script: str = "",
+) -> None:
+    """Write the page around a body, whole or not at all; a browser runs no script in it but ``script``, and loads nothing.
+
+    Args:
+        out: the file.
+        title: heading of the page.
+        summary: (label, value) of the cards at the top.
+        body: trusted markup, as are the next three.
+        contents: links into the body.
+        style: CSS beside that of every page.
+        script: JavaScript at the end of the page.
+        subtitle: one sentence under the heading.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    style = (files("dsv2.report") / "style.css").read_text(encoding="utf8") + style
+    cards = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for label, value in summary)
+    allowed = f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" if script else "'none'"
     page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
@@ -138,11 +171,12 @@ def write_report(out: Path, *, title: str, summary: Sequence[tuple[str, str]], s
 <h1>{escape(title)}</h1>
 {f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""}
 <dl class="cards">{cards}</dl>
-<nav>{render_contents(sections)}</nav>
+<nav>{contents}</nav>
 </header>
 {body}
 <footer>Written by <code>dsv2</code>. This file is complete: it loads nothing.</footer>
 </main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

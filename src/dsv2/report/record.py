@@ -43,6 +43,11 @@ class Record:
         return self.of_kind("train")
 
     @property
+    def grpo(self) -> Metrics:
+        """The lines of GRPO's steps."""
+        return self.of_kind("grpo")
+
+    @property
     def validations(self) -> Metrics:
         """The validation lines that hold a finite value, without the domains that do not; known domains first, English before all.
 
@@ -144,7 +149,7 @@ def load_record(folder: Path, name: str = "") -> Record:
             f"{folder} has no metrics.jsonl", hint="name the folder of a run (the --out of dsv2 pretrain, or the run of a tour)"
         )
     metrics = read_metrics(path)
-    if not any(line["kind"] == "train" and line.get("loss") is not None for line in metrics):
+    if not any(line["kind"] == "grpo" or (line["kind"] == "train" and line.get("loss") is not None) for line in metrics):
         raise DataError(
             f"{path} holds {len(metrics)} lines and no training step with a finite loss", hint="let the run make at least one step"
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from dsv2.errors import DataError
 from dsv2.progress import console
 from dsv2.report.balance import device_sections, domain_sections, load_sections
 from dsv2.report.compare import comparison_sections, late, overall
@@ -31,6 +32,7 @@ from dsv2.report.page import (
 )
 from dsv2.report.preferences import preference_sections
 from dsv2.report.record import Record, domain_name, in_order, load_record, load_records
+from dsv2.report.reinforcement import reward_cards, reward_sections
 
 
 def run(runs: list[Path], out: Path) -> None:
@@ -41,10 +43,18 @@ def run(runs: list[Path], out: Path) -> None:
         out: the HTML file.
 
     Raises:
-        DataError: a folder without metrics, or without a training step.
+        DataError: a folder without metrics, or without a training step; or runs of GRPO beside others.
     """
-    if len(runs) == 1:
-        record = load_record(runs[0])
+    records = load_records(runs)
+    reinforced = [record for record in records if record.grpo]
+    if reinforced and len(reinforced) < len(records):
+        others = ", ".join(record.name for record in records if not record.grpo)
+        raise DataError(f"runs of GRPO have no curve in common with others: {others}", hint="write a report for each kind of run")
+    if reinforced:
+        title = f"Run {records[0].name}" if len(runs) == 1 else f"{len(runs)} runs of GRPO compared"
+        write_report(out, title=title, summary=reward_cards(records), sections=reward_sections(records))
+    elif len(runs) == 1:
+        record = records[0]
         cards = [*summary_cards(record, record.baselines), *step_cards(record)]
         write_report(out, title=f"Run {record.name}", summary=cards, sections=sections_of(record, record.baselines))
     else:

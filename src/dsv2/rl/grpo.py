@@ -132,7 +132,7 @@ class _Run:
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
         self.metrics, self.shown = MetricsLog(out / METRICS, tensorboard=tensorboard), MetricsLog(out / ROLLOUTS)
         for log in (self.metrics, self.shown):
-            log.cut_back(self.step)
+            log.cut_back(self.step or -1)  # the evaluation before the first step is made again, too
         self.reference = Reference(out, self.model)
         self.llm = LLM(
             self.model, tokenizer=self.tokenizer, max_batch=recipe.rollout.max_batch, max_len=recipe.run.seq_len,

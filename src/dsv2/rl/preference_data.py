@@ -28,6 +28,7 @@ class PreferenceData:
         tokenizer: of the model.
         num_preferences: trained on, by domain.
         reports: what was read and refused, of the training files and of the validation files.
+        dropped: rows that the filters left out, by reason.
     """
 
     rows: PreferenceRows
@@ -35,6 +36,7 @@ class PreferenceData:
     tokenizer: Tokenizer
     num_preferences: dict[str, int]
     reports: dict[str, ReadingReport]
+    dropped: dict[str, int]
 
     @property
     def fingerprint(self) -> str:
@@ -67,12 +69,12 @@ def open_preferences(
     section = recipe.data
     reports = {"training": ReadingReport()} | ({"validation": ReadingReport()} if validation else {})
     share = 0.0 if validation else section.validation_share
+    dropped: Counter[str] = Counter()
 
     def read(name: str, files: Paths) -> list[Preference]:
-        kept = filtered(
-            list(read_preferences(files, reports[name])), reports[name],
-            drop_contradictions=section.drop_contradictions, max_length_ratio=section.max_length_ratio,
-        )  # fmt: skip
+        given = list(read_preferences(files, reports[name]))
+        kept, left_out = filtered(given, drop_contradictions=section.drop_contradictions, max_length_ratio=section.max_length_ratio)
+        dropped.update(left_out)
         return [one for preference in kept for one in form(preference)]
 
     def render(preferences: list[Preference], name: str) -> JudgedAnswers:
@@ -91,7 +93,7 @@ def open_preferences(
     held_out = {domain: _packed(render(preferences, name), recipe, tokenizer) for domain, preferences in by_domain.items()}
     for which, report in reports.items():
         _require_few_refused(which, report, section.max_refused)
-    return PreferenceData(rows, held_out, tokenizer, dict(Counter(one.domain for one in training)), reports)
+    return PreferenceData(rows, held_out, tokenizer, dict(Counter(one.domain for one in training)), reports, dict(dropped))
 
 
 def _packed(answers: JudgedAnswers, recipe: PreferenceRecipe, tokenizer: Tokenizer) -> PreferenceRows:

@@ -175,6 +175,7 @@ def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, pla
             ("model", f"{start.opened.path}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
             ("preferences", ", ".join(f"{domain} {count:,}" for domain, count in data.num_preferences.items())),
             ("answers", f"{len(answers):,}" + (f"; {answers.cut:,} without their beginning" if answers.cut else "")),
+            *([("left out", ", ".join(f"{count:,}: {reason}" for reason, count in data.dropped.items()))] if data.dropped else []),
             ("held out", held),
             ("rows", f"{len(data.rows):,} of {recipe.run.seq_len} places, {data.rows.filled:.1%} filled"),
             ("loss", loss),

@@ -22,7 +22,6 @@ from dsv2.rl.rollout import Rollout
 from dsv2.train.losses import BalanceSection, balance_loss
 from dsv2.train.step import TrainingDiverged
 
-
 # fp32 differs by 1e-6 in the mean whatever the model; of a token that it finds unlikely, both are up to 4e-5 from fp64 (docs/decisions.md).
 SINGLE = 100
 

@@ -1,7 +1,7 @@
 """Answers in text: find the final one, and tell whether two are the same. One checker for evaluation and for reward.
 
-Two answers are the same if they are the same text after clean-up, or the same in what they say: numbers exactly (0.5 and 1/2), expressions at
-three points (docs/sandbox.md says what that can miss), tuples and intervals item by item, lists and sets in any order.
+Two answers are the same if they are the same text after clean-up, or the same in what they say: numbers exactly (0.5 and 1/2), expressions
+at three points (docs/sandbox.md says what that can miss), tuples and intervals item by item, lists and sets in any order.
 """
 
 import cmath
@@ -17,7 +17,9 @@ from dsv2.tasks.expressions import MAX_POINTS, NotRead, Number, Tree, has_two_si
 MAX_CHARACTERS = 1000  # longer answers are the same only if they are the same text
 
 _PHRASES = re.compile(
-    r"(?:final\s+answer|answer|result)\s*(?:is|are|:|=|：)+\s*:?\s*|(?:答案|结果|答)\s*(?:是|为|应为|[:：=])+\s*|(?:故选|因此选|所以选|应选)\s*[:：]?\s*", re.IGNORECASE
+    r"(?:final\s+answer|answer|result)\s*(?:is|are|:|=|：)+\s*:?\s*"
+    r"|(?:答案|结果|答)\s*(?:是|为|应为|[:：=])+\s*|(?:故选|因此选|所以选|应选)\s*[:：]?\s*",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[。；;!！\n]|\.(?=\s|$)|，(?=[^\d])")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
@@ -27,7 +29,8 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 def final_answer(text: str) -> str | None:
     r"""Return the final answer of a worked solution, in English or Chinese; None if nothing looks like one.
 
-    The last ``\boxed{...}`` wins, then what follows the last ``####``, then what follows the last "the answer is" (答案是, 故选), then the last number.
+    The last ``\boxed{...}`` wins, then what follows the last ``####``, then what follows the last "the answer is" (答案是, 故选), then the
+    last number.
     """
     boxed = _last_boxed(text)
     if boxed is not None:
@@ -115,7 +118,7 @@ def _clean(text: str) -> str:
     for pattern, put in _REPLACED:
         text = pattern.sub(put, text)
     text = _TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".。").strip()
+    text = re.sub(r"\s+", " ", text).lstrip().rstrip(" .。")
     return text if re.match(r"[(\[⟨]", text) else _THOUSANDS.sub(lambda match: re.sub(r"[,{}]", "", match[0]), text)
 
 
@@ -145,23 +148,23 @@ _LIST_WORDS = re.compile(r"\s*(?:,|，|、|\band\b|\bor\b|和|或)\s*")
 
 def _same(one: str, other: str) -> bool:
     """Compare two cleaned answers by what they say."""
-    relations = [_relation(one), _relation(other)]
-    if all(relations):
-        return _same_relation(relations[0], relations[1])  # type: ignore[arg-type]
-    for relation, bare in ((relations[0], other), (relations[1], one)):
-        if relation and relation[0] in "=∈" and re.fullmatch(r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?(?: ?\([A-Za-z, ]+\))?", relation[1]):
-            return _same(relation[2], bare)  # "x = 5" for "5"
-    if any(relations):
-        return False
+    relation, other_relation = _relation(one), _relation(other)
+    if relation and other_relation:
+        return _same_relation(relation, other_relation)
+    for found, bare in ((relation, other), (other_relation, one)):
+        if found and found[0] in "=∈" and re.fullmatch(r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?(?: ?\([A-Za-z, ]+\))?", found[1]):
+            return _same(found[2], bare)  # "x = 5" for "5"
+        if found:
+            return False
     for separator in ("∪", ","):
         parts = [_split(one, separator), _split(other, separator)]
         if separator == "," and len(parts[0]) != len(parts[1]):
             parts = [_both_signs(part) for part in parts]
         if max(map(len, parts)) > 1:
             return _same_in_any_order(*parts)
-    groups = [_group(one), _group(other)]
-    if groups[0] and groups[1]:
-        (brackets, items), (other_brackets, other_items) = groups
+    group, other_group = _group(one), _group(other)
+    if group and other_group:
+        (brackets, items), (other_brackets, other_items) = group, other_group
         if brackets == other_brackets == "⟨⟩":
             return _same_in_any_order(items, other_items)
         if len(items) > 1 or len(other_items) > 1:
@@ -260,7 +263,8 @@ def _same_reading(one: _Quantity, other: _Quantity) -> bool:
 
 
 _UNIT = re.compile(r"(?:(?<=[\d)}!])|\s)\s*([^\W\d_][^\\(){}\[\]=+*]*)$")
-_SHORT_UNITS = set("m g s h l j n w v cm mm km kg mg ml ft in mi oz lb hr pm am sq cc kw mw gb mb kb hz ms ha".split())
+_SHORT_UNITS = re.compile(r"[mgshljnwv]|[cmk]m|[mk]g|ml|ft|in|mi|oz|lb|hr|[ap]m|sq|cc|ha|[km]w|[kmg]b|hz|ms", re.IGNORECASE)
+_LONG_UNIT = re.compile(r"[^\W\d_]{3}|[^\x00-\x7f]")
 _BASE = re.compile(r"^([0-9A-F]+)_\{?(\d+)\}?$")
 _MIXED = re.compile(r"^(-?)(\d+) (\d+)/(\d+)$")
 _KNOWN = re.compile(r"\\?(?:pi|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|frac|infty)\b")
@@ -284,13 +288,13 @@ def _readings(text: str) -> Iterator[_Quantity]:
     with suppress(NotRead):
         yield _Quantity(_readable(text), "")
     unit = _UNIT.search(text)
-    if unit and not _KNOWN.search(unit[1]) and (re.search(r"[^\W\d_]{3}|[^\x00-\x7f]", unit[1]) or unit[1].casefold().split("^")[0] in _SHORT_UNITS):
+    if unit and not _KNOWN.search(unit[1]) and (_LONG_UNIT.search(unit[1]) or _SHORT_UNITS.fullmatch(unit[1].split("^")[0])):
         with suppress(NotRead):
             yield _Quantity(_readable(text[: unit.start()].strip()), _singular(unit[1]))
 
 
 def _readable(text: str) -> Tree:
-    tail = text.strip()
+    tail = text.replace(" ", "")
     if tail in ("∞", "+∞", "-∞"):
         return ("name", tail.lstrip("+"))
     return read(text)

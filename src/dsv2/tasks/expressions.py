@@ -79,7 +79,9 @@ class _Reader:
 
     def _begins_factor(self) -> bool:
         token = self.next()
-        return bool(token) and (token[0].isalnum() or token[-1].isdigit() or token[0] == "\\" or token in ("(", "{", "[") or (token == "|" and not self._bars))
+        if not token or token == "|":
+            return token == "|" and not self._bars
+        return token[0].isalnum() or token[-1].isdigit() or token[0] == "\\" or token in "({["
 
     def _signed(self, depth: int) -> Tree:
         signs = 0

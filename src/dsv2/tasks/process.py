@@ -101,7 +101,7 @@ class Confined:
             )
             self._channel = os.dup(ours.fileno())
         self._stdout, self._stderr, self._stdin_end = map(_taken, (self._process.stdout, self._process.stderr, self._process.stdin))
-        self.started = time.monotonic()
+        self.started = self.ended = time.monotonic()
         self.deadline = self.started + START_S
         self._exit = os.pidfd_open(self._process.pid)
         self._handles = [handle for handle in (self._exit, self._channel, self._stdout, self._stderr, self._stdin_end) if handle >= 0]
@@ -208,6 +208,7 @@ class Confined:
         _, status, usage = os.wait4(self._process.pid, 0)
         self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
         self.cpu_s = usage.ru_utime + usage.ru_stime
+        self.ended = time.monotonic()
         if self._wrapped and self.status > 128:  # a wrapper reports signals as a shell does
             self.status = 128 - self.status
         self._unwatch(self._exit)
@@ -266,9 +267,9 @@ class Confined:
     def died_of(self) -> tuple[Outcome, str] | None:
         """Return outcome and detail of an end that says it all by itself; None for an exit, which may be good or bad."""
         limits = self._limits
-        if not self.ready:
-            reason = f"confined only by {self.refusal!r}" if self.refusal else f"it did not start: {self.stderr[-300:].decode(errors='replace')}"
-            return "infrastructure", reason
+        if self.refusal or not (self.ready or self.end == "stopped"):
+            said = self.stderr[-300:].decode(errors="replace")
+            return "infrastructure", f"confined only by {self.refusal!r}" if self.refusal else f"it did not start: {said}"
         if self.end == "time":
             if self.waited_s > limits.wall_s / 2:
                 return "infrastructure", f"the machine is too busy: {self.waited_s:.1f} of {limits.wall_s} s it waited for a processor"
@@ -281,7 +282,9 @@ class Confined:
             return "fail", f"it {self.end}"
         if self.status is not None and self.status < 0 and not self.end:
             name = signal.Signals(-self.status).name if -self.status in set(signal.Signals) else f"signal {-self.status}"
-            if name in ("SIGXCPU", "SIGKILL") and self.cpu_s > limits.cpu_s - 0.1:
+            # bubblewrap's usage leaves out the program's: the time on the clock, which is no less, stands for it
+            used_s = self.ended - self.started if self._wrapped else self.cpu_s
+            if name == "SIGXCPU" or (name == "SIGKILL" and used_s > limits.cpu_s - 0.1):
                 return "timeout", f"{limits.cpu_s} s of processor time were over"
             # a confined program can send itself no SIGKILL: syscalls.py refuses every call that could
             return ("infrastructure", "killed from outside") if name == "SIGKILL" else ("fail", f"killed by {name}")
@@ -296,7 +299,7 @@ def _taken(stream: IO[bytes] | None) -> int:
         return os.dup(stream.fileno())
 
 
-def _framed(message: object) -> bytes:
+def _framed(message: Any) -> bytes:
     content = marshal.dumps(message)
     return len(content).to_bytes(4, "little") + content
 
@@ -317,8 +320,8 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
     Args:
         processes: each just started.
         selector: watches them.
-        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word, what a program
-            claims); returns True to stop.
+        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word; what a
+            program claims); returns True to stop.
     """
     enough = False
     while not enough:
@@ -334,7 +337,10 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
 
 
 def scratch_folder(limits: Limits) -> "contextlib.AbstractContextManager[str]":
-    """Make a folder for one run and remove it afterwards; "" where nothing may be written. It holds plain files only, so removal is one step deep."""
+    """Make a folder for one run and remove it afterwards; "" where nothing may be written.
+
+    A confined program can make plain files in it and nothing else, so that removing it is one step deep.
+    """
     if not limits.scratch_bytes:
         return contextlib.nullcontext("")
     return tempfile.TemporaryDirectory(prefix="dsv2-", ignore_cleanup_errors=True)

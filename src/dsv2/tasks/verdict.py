@@ -9,6 +9,7 @@ from dsv2.errors import ConfigError
 Outcome = Literal["pass", "fail", "timeout", "memory", "infrastructure"]
 
 MIB = 2**20
+_LEAST = {"cpu_s": 1, "wall_s": 0.1, "memory_bytes": 64 * MIB, "output_bytes": 1, "scratch_bytes": 0, "open_files": 16}
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class Limits:
     """What a confined program may take. It has one process with one thread.
 
     Args:
-        cpu_s: processor time in whole seconds; the interpreter's start takes some 0.02 of it.
-        wall_s: seconds on the clock from the moment it is confined, for a program that sleeps. Larger than ``cpu_s``, so that a busy machine
-            does not change verdicts.
+        cpu_s: processor time in whole seconds, of which the interpreter's start takes some 0.02.
+        wall_s: seconds on the clock from the moment it is confined, for a program that sleeps. Larger than ``cpu_s``, so that a busy
+            machine does not change verdicts.
         memory_bytes: address space; an empty interpreter takes 20 MiB.
         output_bytes: of standard output, of standard error, and of each value that a function returns.
         scratch_bytes: of all files that it writes; 0: it can write none.
@@ -36,7 +37,7 @@ class Limits:
     open_files: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("cpu_s", 1), ("wall_s", 0.1), ("memory_bytes", 64 * MIB), ("output_bytes", 1), ("scratch_bytes", 0), ("open_files", 16)):
+        for name, least in _LEAST.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; a confined program needs at least {least:,}")
 

@@ -17,7 +17,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from dsv2.errors import Dsv2Error
+from dsv2.errors import ConfigError, Dsv2Error, did_you_mean
 
 COMPILERS = ("c++", "g++", "clang++")
 _COMMON = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
@@ -72,12 +72,17 @@ def plan(variant: str | None = None, extra_flags: Sequence[str] = ()) -> Build:
         extra_flags: such as sanitizers'.
 
     Raises:
-        Unavailable: there is no compiler, or the variant is unknown or beyond this processor.
+        Unavailable: there is no compiler, or the variant is beyond this processor.
+        ConfigError: the variant is unknown.
     """
     wanted = variant or os.environ.get("DSV2_CPU") or None
     features = cpu_features()
     if wanted is not None and wanted not in VARIANTS:
-        raise Unavailable(f"DSV2_CPU = {wanted!r} is not one of: torch, {', '.join(VARIANTS)}" if wanted != "torch" else "DSV2_CPU = torch")
+        if wanted == "torch":
+            raise Unavailable("DSV2_CPU = torch")
+        raise ConfigError(
+            f"DSV2_CPU = {wanted!r} is not one of: torch, {', '.join(VARIANTS)}", hint=did_you_mean(wanted, ["torch", *VARIANTS])
+        )
     chosen = wanted or next(name for name, (needed, _) in VARIANTS.items() if needed <= features)
     missing = VARIANTS[chosen][0] - features
     if missing:

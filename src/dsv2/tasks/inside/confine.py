@@ -6,7 +6,6 @@ setrlimit(2).
 
 from __future__ import annotations
 
-import _signal as signal  # without the enumerations of signal, which are slow to import
 import ctypes
 import os
 import resource
@@ -23,6 +22,7 @@ LEVELS = ("rlimits", "seccomp", "landlock+seccomp", "bubblewrap+landlock+seccomp
 
 _UNSHARED_UID = 1_900_000_000  # plus the process id: a user that owns nothing and shares its limits with nobody
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_SIGKILL = 9  # the module signal is slow to import; Python itself ignores SIGXFSZ, so that too large a file is an OSError
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every machine
 
@@ -48,7 +48,6 @@ def limit_resources(cpu_s: int, memory_bytes: int, file_bytes: int, open_files: 
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
         resource.setrlimit(which, (soft, hard))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that is too large is an OSError
 
 
 def give_up_privileges(scratch: str) -> None:
@@ -81,7 +80,7 @@ def _ancestors(path: str) -> Iterator[str]:
 
 def die_with_parent(parent: int) -> None:
     """Ask for SIGKILL when the thread that started this process ends; a parent that ended before (`parent` not 0) ends it now."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
+    _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     if parent and os.getppid() != parent:
         os._exit(1)
 

@@ -86,6 +86,7 @@ def main(handle: int) -> None:
     try:
         os.closerange(3, handle)
         os.closerange(handle + 1, 256)  # the judge leaves none open; these would be a bug of ours
+        os.environ.pop("PWD", None)  # bubblewrap's
         os.umask(0o077)
         os.chdir(scratch or "/")
         confine.give_up_privileges(scratch)
@@ -99,7 +100,8 @@ def main(handle: int) -> None:
         os._exit(1)
     channel.send("ready", encode_basestring_ascii(reached))
     role, *job = channel.receive()
-    {"script": script, "functions": functions, "served": served, "examiner": examiner}[role](channel, *job)
+    roles: dict[str, Any] = {"script": script, "functions": functions, "served": served, "examiner": examiner}
+    roles[role](channel, *job)
 
 
 def script(channel: Channel, program: str) -> None:

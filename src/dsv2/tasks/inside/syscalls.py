@@ -62,8 +62,9 @@ def seccomp_filter(machine: str) -> bytes | None:
     for pair, values in _BY_SECOND_ARGUMENT.values():
         program += _for_call(pair[which], [_argument(1), *_allow_if_among(values), (_RETURN, 0, 0, _EPERM)])
     # reading limits: the pointer to new ones is null in both its halves
-    zero = [_argument(2), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _EPERM), _argument(2, high=True), *_allow_if_among((0,)), (_RETURN, 0, 0, _EPERM)]
-    program += _for_call(_PRLIMIT64[which], zero)
+    refuse = (_RETURN, 0, 0, _EPERM)
+    null = [_argument(2), (_EQUAL, 1, 0, 0), refuse, _argument(2, high=True), *_allow_if_among((0,)), refuse]
+    program += _for_call(_PRLIMIT64[which], null)
     for pair in _EXITS:
         status = [_argument(0), (_AND, 0, 0, 0xFF), (_EQUAL, 0, 1, KILLED_STATUS), (_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
         program += _for_call(pair[which], status)

@@ -1,8 +1,8 @@
 """Plain values as nested lists of text and numbers: what passes between a confined process and the judge. Nothing here runs code.
 
-A value on the wire is null, true, false, a number (integers below 2^63), a string, or a list that begins with a letter:
-i integer in hexadecimal; f float and c complex in hexadecimal; b bytes in hexadecimal; l list, t tuple, s set, z frozenset with their items;
-d dict with key, value, key, value ...; o an object that stays where it is, with its number and the name of its type.
+A value on the wire is null, true, false, a number (integers below 2^63), a string, or a list that begins with a letter: i integer, f float,
+c complex, b bytes, each in hexadecimal; l list, t tuple, s set, z frozenset with their items; d dict with key, value, key, value ...;
+o an object that stays where it is, with its number and the name of its type.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""The report of GRPO runs: what rose and what drifted, of one run or several, and no mixture with other kinds of run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv2.errors import DataError
+from dsv2.report import run
+
+
+def write_run(folder: Path, *, gain: float = 0.1) -> Path:
+    lines = [{"step": 0, "kind": "evaluation", "elapsed_s": 0.0, "reward": 0.5, "answer/pass@1": 0.5, "answer/pass@4": 0.97}]
+    for step in range(1, 6):
+        lines.append(
+            {
+                "step": step, "kind": "grpo", "reward": 0.5 + gain * step, "reward_std": 0.4, "kl": 0.01 * step, "entropy": 0.9,
+                "rewards/answer/mean": 0.5, "rewards/format/mean": 0.9, "completions/mean_length": 12.0, "completions/clipped_ratio": 0.0,
+                "grad_norm": None if step == 2 else 1.0, "rollouts_per_s": 100.0, "sampling/sampling_logp_difference/max": 2e-6 * step,
+            }
+        )  # fmt: skip
+    lines.append({"step": 5, "kind": "evaluation", "elapsed_s": 9.0, "reward": 0.9, "answer/pass@1": 0.875, "answer/pass@4": 0.97})
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_one_run_shows_what_rose_and_by_which_reward(tmp_path: Path) -> None:
+    run([write_run(tmp_path / "a")], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "0.6 \u2192 1" in page and "0.5 \u2192 0.875" in page and "1.0e-05" in page
+    assert "Rewards by name" in page and "Held-out prompts" in page
+    assert "share cut at the limit" not in page, "a figure that is 0 throughout is left out"
+
+
+def test_several_runs_share_their_charts(tmp_path: Path) -> None:
+    run([write_run(tmp_path / "steep"), write_run(tmp_path / "flat", gain=0.0)], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "reward, last step: steep" in page and "reward, last step: flat" in page and "Rewards by name" not in page
+
+
+def test_runs_of_another_kind_are_refused_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "metrics.jsonl").write_text(json.dumps({"step": 1, "kind": "train", "loss": 2.0, "tokens": 10}) + "\n")
+    with pytest.raises(DataError, match="no curve in common with others: base"):
+        run([write_run(tmp_path / "a"), tmp_path / "base"], tmp_path / "out.html")

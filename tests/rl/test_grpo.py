@@ -1,0 +1,134 @@
+"""GRPO as a run: killed between any two steps it ends with the same weights and the same rollouts; what it writes; what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2.checkpoint.huggingface import load_model
+from dsv2.checkpoint.layout import save_checkpoint
+from dsv2.errors import ConfigError, DataError
+from dsv2.model.transformer import Transformer
+from dsv2.progress import read_metrics
+from dsv2.rl import grpo
+from dsv2.rl.evaluate import pass_at
+from dsv2.rl.grpo_recipe import GrpoRecipe
+from dsv2.rl.objective import PRESETS
+from dsv2.rl.prompts import open_prompts
+from dsv2.rl.reward import Part, Rewards
+from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.sft import open_start
+
+SECTIONS = {
+    "run": {"steps": 4, "seq_len": 96, "validate_every": 2, "checkpoint_every": 1, "keep": 9},
+    "learning_rate": {"peak": 2e-3, "warmup_steps": 0},
+    "reward": [{"name": "length", "most_tokens": 6}],
+    "task": {"name": "arithmetic", "held_out": 4, "samples": 2},
+    "rollout": {"prompts": 3, "group_size": 4, "max_tokens": 12, "max_batch": 8},
+    "update": {"updates": 2, "micro_tokens": 200},
+    "reference": {"refresh_every": 2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path: Path, policy: Transformer, tokenizer: Tokenizer) -> Path:
+    save_checkpoint(tmp_path / "start", policy, tokenizer)
+    return tmp_path / "start"
+
+
+def recipe_of(start: Path, **sections: object) -> GrpoRecipe:
+    return GrpoRecipe.model_validate(SECTIONS | {"model": {"start": str(start)}} | sections)
+
+
+def train(recipe: GrpoRecipe, out: Path, **more: object) -> Transformer:
+    opened = open_start(recipe.model, recipe.run.seq_len)
+    return grpo.train(recipe, opened, open_prompts(recipe.task, [], recipe.run.seed), out, **more)
+
+
+def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
+    weights = list(load_model(out / "step-4").state_dict().values())
+    timeless = [
+        {name: value for name, value in line.items() if not name.endswith(("_s", "step_time"))}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+    return weights, timeless, read_metrics(out / grpo.ROLLOUTS)
+
+
+def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(start)
+    train(recipe, tmp_path / "whole")
+    expected = state(tmp_path / "whole")
+    sample = grpo._Run._sample
+
+    class Killed(Exception):
+        pass
+
+    for number in range(4):
+
+        def killed(run: grpo._Run, number: int = number) -> object:
+            if run.step == number:
+                raise Killed
+            return sample(run)
+
+        monkeypatch.setattr(grpo._Run, "_sample", killed)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path / "stopped")
+    monkeypatch.setattr(grpo._Run, "_sample", sample)
+    train(recipe, tmp_path / "stopped")
+    weights, metrics, rollouts = state(tmp_path / "stopped")
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
+    assert metrics == expected[1] and rollouts == expected[2] and len(rollouts) == 4 * 12
+    line = next(line for line in metrics if line["kind"] == "grpo")
+    assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/length/mean", "completions/mean_length", "kl", "entropy",
+            "clip_ratio/region_mean", "sampling/sampling_logp_difference/max", "num_tokens"} <= line.keys()  # fmt: skip
+    assert max(line["sampling/sampling_logp_difference/max"] for line in metrics if line["kind"] == "grpo") <= 1e-5
+    assert sorted(path.name for path in (tmp_path / "whole").glob("reference-*")) == ["reference-0.safetensors", "reference-2.safetensors"]
+
+
+def test_rewards_shape_the_policy_and_equal_ones_do_not(start: Path, tmp_path: Path) -> None:
+    even = Rewards([Part("even", lambda rollouts: [sum(token % 2 == 0 for token in r.tokens) / len(r.tokens) for r in rollouts])])
+    run, pace = SECTIONS["run"] | {"steps": 20, "checkpoint_every": 99}, {"peak": 1e-2, "warmup_steps": 0}
+    train(recipe_of(start, run=run, learning_rate=pace, preset="dr_grpo", update={"updates": 1}), tmp_path / "even", rewards=even)
+    earned = [line["reward"] for line in read_metrics(tmp_path / "even" / "metrics.jsonl") if line["kind"] == "grpo"]
+    assert sum(earned[-3:]) > sum(earned[:3]) + 0.3
+    flat = recipe_of(start, objective={"kl_weight": 0.0}, optimizer={"weight_decay": 0.0})
+    moved = train(flat, tmp_path / "flat", rewards=Rewards([Part("same", lambda rollouts: [1.0] * len(rollouts))]))
+    before = load_model(start).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in moved.state_dict().items())
+
+
+def test_groups_with_equal_rewards_are_drawn_anew(start: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(start, objective={"drop_equal_groups": True, "kl_weight": 0.0}, run=SECTIONS["run"] | {"steps": 2})
+    picky = Rewards([Part("picky", lambda rollouts: [float(r.group == 4 and r.index == 0) for r in rollouts])])
+    train(recipe, tmp_path / "run", rewards=picky)
+    first = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo")
+    assert first["learned_from"] == 4 and first["consumed_prompts"] == 3 + 3 + 2  # three rounds; group 4 of the second one teaches
+
+
+def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
+    for name, objective in PRESETS.items():
+        found = grpo.objective_of(recipe_of(start, preset=name))
+        assert found.ratio == objective.ratio and found.kl_weight == objective.kl_weight
+    assert grpo.objective_of(recipe_of(start, preset="dr_grpo")).constant_len == 12
+    with pytest.raises(ConfigError, match="both set the objective"):
+        grpo.objective_of(recipe_of(start, preset="v2", objective={"clip_low": 0.1}))
+
+
+def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "answer": n} for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = recipe_of(start, task={"held_out": 3}).task
+    prompts = open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    taken = [example["answer"] for example in prompts.take(0, 7)]
+    assert len(set(taken)) == 7 and not set(taken) & {example["answer"] for example in prompts.held_out}
+    assert [example["answer"] for example in prompts.take(7, 7)] != taken
+    (tmp_path / "a.jsonl").write_text('{"question": "?"}')
+    with pytest.raises(DataError, match=r'a.jsonl:1: a row needs "messages" or "prompt"; here are question'):
+        open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    with pytest.raises(ConfigError, match="files or from a task"):
+        open_prompts(task, [], seed=1)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    assert pass_at(1, 4, 2) == 0.5 and pass_at(4, 4, 1) == 1.0 and pass_at(2, 4, 1) == 0.5 and pass_at(3, 4, 0) == 0.0
