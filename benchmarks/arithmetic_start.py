@@ -6,12 +6,10 @@ dsv2 grpo arithmetic model.start=runs/start/sft --out runs/grpo
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
-from typing import Any
 
-DEMONSTRATIONS, WRONG, LONGEST = 12_000, 0.45, 48
+DEMONSTRATIONS, WRONG, LONGEST = 24_000, 0.45, 48
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 64,
     "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1,
@@ -19,19 +17,20 @@ SHAPE = {
 }  # fmt: skip
 
 
-def make_start(out: Path, *, seed: int = 0, epochs: float = 1, peak: float = 6e-3) -> Path:
+def make_start(out: Path, *, seed: int = 0, epochs: float = 1.5, peak: float = 6e-3) -> Path:
     """Write tokenizer and weights, fine-tune them on demonstrations; return the folder of the run."""
     from dsv2.checkpoint.layout import save_checkpoint
     from dsv2.model.accounting import count_parameters
     from dsv2.model.init import initialise
     from dsv2.model.transformer import Transformer
     from dsv2.presets import preset
+    from dsv2.tasks.arithmetic import demonstrations
     from dsv2.tokenizer.train import train_tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    chats = make_chats(seed)
+    chats = list(demonstrations(DEMONSTRATIONS, seed, WRONG))
     write_chats(out / "demonstrations.jsonl", chats)
-    tokenizer = train_tokenizer((chat[0]["content"] + chat[1]["content"] for chat in chats), vocab_size=384)
+    tokenizer = train_tokenizer((chat[0]["content"] + chat[1]["content"] for chat in chats), vocab_size=512)
     config = preset(
         "nano", vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, q_lora_rank=None, **SHAPE
     )
@@ -40,34 +39,6 @@ def make_start(out: Path, *, seed: int = 0, epochs: float = 1, peak: float = 6e-
     initialise(model, seed)
     save_checkpoint(out / "initial", model, tokenizer)
     return fine_tuned(out / "initial", out / "demonstrations.jsonl", out / "sft", seed=seed, epochs=epochs, peak=peak)
-
-
-def worked(problem: Any, answer: str) -> str:
-    """Return a column calculation from the units on, each column with its carry, and behind it the answer.
-
-    An answer alone begins with the digit that depends on every carry: after 80,000 of those, a model of this size knew that digit and no
-    other. The teacher's columns are right; its error is in the answer that it writes below them.
-    """
-    columns, carry = [], 0
-    pairs = zip(str(problem.first)[::-1], str(problem.second).zfill(len(str(problem.first)))[::-1], strict=True)
-    for first, second in ((int(a), int(b)) for a, b in pairs):
-        value = first + second + carry if problem.sign == "+" else first - second - carry
-        columns.append(f"{first}{problem.sign}{second}" + (f"{problem.sign}{carry}" if carry else "") + f"={value}")
-        carry = int(value >= 10 or value < 0)
-    return f"{', '.join(columns)}: {answer}"
-
-
-def make_chats(seed: int) -> list[list[dict[str, str]]]:
-    """Return demonstrations, a known share of which ends in a near miss."""
-    from dsv2.tasks.arithmetic import near_miss, problems
-
-    draw = random.Random(f"teacher {seed}")
-    chats = []
-    for problem in problems(DEMONSTRATIONS, seed):
-        answer = near_miss(problem, draw) if draw.random() < WRONG else problem.answer
-        question = f"{problem.first} {problem.sign} {problem.second} = ?"
-        chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": worked(problem, answer)}])
-    return chats
 
 
 def fine_tuned(start: Path, chats: Path, out: Path, *, seed: int, epochs: float, peak: float, warmup: int = 50) -> Path:
@@ -80,11 +51,11 @@ def fine_tuned(start: Path, chats: Path, out: Path, *, seed: int, epochs: float,
         {
             "model": {"start": str(start)},
             "data": {"validation_share": 0},
-            "run": {"epochs": epochs, "seq_len": 256, "precision": "fp32", "seed": seed, "checkpoint_every": 100_000, "keep": 1},
-            "batch": {"sequences": 8, "micro_sequences": 8},
+            "run": {"epochs": epochs, "seq_len": 128, "precision": "fp32", "seed": seed, "checkpoint_every": 100_000, "keep": 1},
+            "batch": {"sequences": 32, "micro_sequences": 32},
             "learning_rate": {"peak": peak, "warmup_steps": warmup, "decay": "cosine", "final_share": 0.05},
             "optimizer": {"kind": "muon"},
-            "balance": {"expert": 0.003},
+            "balance": {"expert": 0.01},
         }
     )
     opened = open_start(recipe.model, recipe.run.seq_len)
@@ -105,7 +76,7 @@ def answered(run: Path, *, prompts: int = 200, samples: int = 8, seed: str = "he
     from dsv2.tasks.arithmetic import final_number, problems
 
     asked = list(problems(prompts, 1, split="test"))
-    questions = [[{"role": "user", "content": f"{problem.first} {problem.sign} {problem.second} = ?"}] for problem in asked]
+    questions = [[{"role": "user", "content": problem.question}] for problem in asked]
     examples = [{"messages": chat, "answer": problem.answer} for chat, problem in zip(questions, asked, strict=True)]
     with LLM(run, dtype="fp32", max_batch=64, max_len=128) as llm:
         drawn = draw(llm, examples, group_size=samples, max_tokens=LONGEST, seed=seed)
@@ -122,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--peak", type=float, default=6e-3)
     arguments = parser.parse_args()
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from escapes import BOMBS, CHEATS, ESCAPES
 from dsv2.tasks.cases import Asserts, Check
 from dsv2.tasks.code import grade, grade_all
 from dsv2.tasks.sandbox import LEVELS, REQUIRED, run, strongest_level
-from dsv2.tasks.verdict import MIB, Limits
+from dsv2.tasks.verdict import MIB, Limits, Verdict
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
 SHORT = Limits(cpu_s=1, wall_s=2.0, memory_bytes=256 * MIB, scratch_bytes=2 * MIB)
@@ -25,6 +25,16 @@ FORMS = {
     "examined": Asserts(("assert f(3) in (271828, 314159)",)),
     "check": Check("def check(candidate):\n    assert candidate(3) == 271828\n    assert not candidate(3) != 271828\n", "f"),
 }
+
+
+def settled(program: str) -> Verdict:
+    """Run a program; again where the machine was too busy to judge it, as it may be with other tests beside."""
+    verdict = run(program, limits=SHORT)
+    for _ in range(5):
+        if verdict.outcome != "infrastructure":
+            break
+        verdict = run(program, limits=SHORT)
+    return verdict
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def test_no_attempt_to_escape_succeeds(outside, tmp_path):
     mode = (tmp_path / "secret").stat().st_mode
     escaped, unsure = [], []
     for name, program in ESCAPES.items():
-        verdict = run(program.format(**outside), limits=SHORT)
+        verdict = settled(program.format(**outside))
         if "ESCAPED" in verdict.stdout:
             escaped.append(name)
         if verdict.outcome != "fail" or verdict.level not in LEVELS[LEVELS.index(REQUIRED) :]:
@@ -70,8 +80,8 @@ def test_the_attempts_would_succeed_without_confinement(tmp_path):
 
 
 def test_bombs_harm_only_themselves():
-    with ThreadPoolExecutor(4) as pool:
-        verdicts = dict(zip(BOMBS, pool.map(lambda bomb: run(bomb[0], limits=SHORT), BOMBS.values()), strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = dict(zip(BOMBS, pool.map(lambda bomb: settled(bomb[0]), BOMBS.values()), strict=True))
     assert {name: verdict for name, verdict in verdicts.items() if verdict.outcome not in BOMBS[name][1]} == {}
     assert all(verdict.score == 0.0 and len(verdict.stdout) <= SHORT.output_bytes for verdict in verdicts.values())
 
