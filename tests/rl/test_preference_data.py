@@ -14,7 +14,7 @@ from dsv2.rl.reward_training import form_of
 def test_no_prompt_is_on_both_sides(tmp_path, kind):
     tokenizer = make_tokenizer()
     file = tmp_path / "pairs.jsonl"
-    rows = ({"prompt": f"{n} river", "chosen": f"stone {answer}", "rejected": "model"} for n in range(60) for answer in range(3))
+    rows = ({"prompt": f"{n} river", "chosen": f"stone {n} {answer}", "rejected": "model"} for n in range(60) for answer in range(3))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = reward_recipe(make_start(tmp_path / "start", tokenizer), loss={"kind": kind})
     data = open_preferences(recipe, tokenizer, [file], form=form_of(RewardLossSection(kind=kind)))
