@@ -1,12 +1,10 @@
-"""The whole river on the text that ships with dsv2: text to tokenizer to shards to a model to a chat to a report.
+"""The whole river on the text that ships with dsv2: text to tokenizer to shards to a model to samples to a report.
 
     DIR/tour.json        the plan (size, seed, threads) and what each finished leg reported
     DIR/data/            tokenizer/, train/, validation/
     DIR/pretrain/        the run: recipe.toml, metrics.jsonl, step-N/
     DIR/validation.json  bits per byte of the model and of an interpolated bigram
     DIR/samples.json     what the model writes
-    DIR/sft/, DIR/grpo/  the runs of fine-tuning and of GRPO (tour_chat.py)
-    DIR/chat.json        what the model answers, before, between and after them
     DIR/report.html      all of it to look at
 
 A leg is one entry in ``LEGS``. It writes whole files or resumes by itself, so a tour that was killed anywhere goes on where it
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsv2.assets import corpus_path
@@ -31,6 +30,7 @@ from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.config import load_recipe
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare
+from dsv2.data.shards import TokenShards
 from dsv2.engine.request import SamplingParams
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.files import atomic_write_json
@@ -39,12 +39,10 @@ from dsv2.progress import console, read_metrics, table
 from dsv2.report import Leg as ReportLeg
 from dsv2.report import Sample as ReportSample
 from dsv2.report import write_tour_report
-from dsv2.report.alignment import alignment_sections
 from dsv2.samples import write
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.tour_chat import QUESTIONS, Lessons, converse, evaluations, reward, teach, write_lessons
-from dsv2.train.bigram import bigram_bits_per_byte
+from dsv2.train.bigram import InterpolatedBigram, bits_per_byte
 from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.precision import make_deterministic
@@ -54,7 +52,7 @@ from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people
 
-VERSION, STATE = 2, "tour.json"
+VERSION, STATE = 1, "tour.json"
 SPLITS = ("train", "validation")
 PROMPTS = (
     ("en", "It was a fine"),
@@ -75,21 +73,17 @@ class Size:
         recipe: of pre-training, a shipped name.
         vocab_size: of the tokenizer.
         summary: for people.
-        lessons: of fine-tuning.
-        chat: recipe of fine-tuning and of GRPO, a shipped name.
     """
 
     recipe: str
     vocab_size: int
     summary: str
-    lessons: Lessons
-    chat: str = "tour"
 
 
 SIZES = {
-    "smoke": Size("tour-smoke", 1024, "a few steps of a minute model: does everything work?", Lessons(60, 30), "tour-smoke"),
-    "standard": Size("tour", 4096, "a model that writes English words and answers sums, in ten minutes on two cores", Lessons(8000, 2400)),
-    "long": Size("tour-long", 4096, "the same model pre-trained four times as long", Lessons(8000, 2400)),
+    "smoke": Size("tour-smoke", 1024, "a few steps of a minute model: does everything work?"),
+    "standard": Size("tour", 4096, "a model that writes English words, in under five minutes on two cores"),
+    "long": Size("tour-long", 4096, "the same model trained four times as long"),
 }
 
 
@@ -110,11 +104,6 @@ class Tour:
     def run(self) -> Path:
         """Folder of the pre-training run."""
         return self.out / "pretrain"
-
-    @property
-    def chat_runs(self) -> tuple[Path, Path, Path]:
-        """Folders of the runs that make a chat: pre-training, fine-tuning, GRPO."""
-        return self.run, self.out / "sft", self.out / "grpo"
 
     def recipe(self) -> PretrainRecipe:
         """Return the recipe of pre-training with the tour's seed."""
@@ -194,6 +183,15 @@ def validation_leg(tour: Tour) -> Figures:
     return {domain: f"{result['model'][domain]:.3f} bits per byte (bigram {bigram[domain]:.3f})" for domain in losses}
 
 
+def bigram_bits_per_byte(train: TokenShards, held_out: TokenShards, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return what a bigram that saw the same tokens reaches, by domain: the bar that a model has to clear."""
+    bigram = InterpolatedBigram.fit(np.concatenate(list(train.tokens())), tokenizer.vocab_size, bos_id=tokenizer.bos_id)
+    return {
+        domain: bits_per_byte(bigram.nll(np.concatenate(list(held_out.tokens(domain)))), held_out.num_bytes(domain))
+        for domain in held_out.domains
+    }
+
+
 def samples_leg(tour: Tour) -> Figures:
     """Let the model write, and look its English words up in the corpus."""
     model, tokenizer = load_model(latest_checkpoint(tour.run)), tour.tokenizer()
@@ -221,35 +219,12 @@ def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in words) / max(1, len(words))
 
 
-def sft_leg(tour: Tour) -> Figures:
-    """Fine-tune the model, or go on with it."""
-    start, out, _ = tour.chat_runs
-    lessons = tour.data / "lessons.jsonl"
-    write_lessons(lessons, tour.size.lessons, tour.seed)
-    return teach(start, lessons, out, recipe=tour.size.chat, seed=tour.seed)
-
-
-def grpo_leg(tour: Tour) -> Figures:
-    """Let rewards improve it, or go on with that."""
-    _, start, out = tour.chat_runs
-    return reward(start, out, recipe=tour.size.chat, seed=tour.seed)
-
-
-def chat_leg(tour: Tour) -> Figures:
-    """Ask the three models the same."""
-    answers = converse(tour.chat_runs, tour.seed)
-    atomic_write_json(tour.out / "chat.json", {"questions": QUESTIONS, "answers": answers})
-    return {question: said[-1] for question, said in zip(QUESTIONS, answers, strict=True)}
-
-
 def report_leg(tour: Tour) -> Figures:
     """Write report.html."""
     state = _read_state(tour.out)
     legs = [ReportLeg(name, leg["seconds"], "; ".join(leg["figures"].values())) for name, leg in state["legs"].items()]
     validation = json.loads((tour.out / "validation.json").read_text())
     written = json.loads((tour.out / "samples.json").read_text())
-    asked = json.loads((tour.out / "chat.json").read_text())
-    grpo_run = tour.chat_runs[2]
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
@@ -259,7 +234,6 @@ def report_leg(tour: Tour) -> Figures:
         baselines={"bigram": validation["bigram"]},
         samples=[ReportSample(sample["domain"], sample["prompt"], sample["text"]) for sample in written["samples"][: len(PROMPTS)]],
         next_commands=next_commands(tour.out),
-        alignment=alignment_sections(grpo_run, *evaluations(grpo_run), asked["questions"], asked["answers"]),
     )
     return {"page": str(tour.out / "report.html")}
 
@@ -271,9 +245,6 @@ LEGS = (
     Leg("pretrain", "train a small DeepSeek-V2", pretrain_leg),
     Leg("validation", "score held-out text, beside a bigram", validation_leg),
     Leg("samples", "let the model write", samples_leg),
-    Leg("sft", "teach it to answer: sums, of which some are wrong, and questions", sft_leg),
-    Leg("grpo", "pay for right sums", grpo_leg),
-    Leg("chat", "ask it before, between and after", chat_leg),
     Leg("report", "put it all on one page", report_leg),
 )
 
@@ -324,9 +295,8 @@ def next_commands(out: Path) -> list[tuple[str, str]]:
     called = Path(sys.argv[0])
     dsv2 = str(called) if called.name == "dsv2" and shutil.which("dsv2") is None else "dsv2"
     return [
-        (f"{dsv2} chat {out} --temperature 0", "talk to it: it knows sums of three digits, capitals, some words of Chinese"),
-        (f"{dsv2} generate {out / 'pretrain'} --prompt 'It was a fine'", "let the pre-trained model go on"),
-        (f"{dsv2} grpo tour model.start={out} --out {out}-more", "let rewards improve it further"),
+        (f"{dsv2} generate {out} --prompt 'It was a fine'", "let the model go on"),
+        (f"{dsv2} chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
         (f"{dsv2} info {out}", "count its parameters and its cache"),
         (f"{dsv2} tour --size long --out {out}-long", "train it four times as long"),
         (f"{dsv2} pretrain nano --data {out / 'data'} --out runs/nano", "train another shape on the same shards"),
@@ -339,7 +309,6 @@ def _plan_rows(tour: Tour, threads: int) -> list[tuple[str, str]]:
         ("legs", " -> ".join(leg.name for leg in LEGS)),
         ("tokenizer", f"byte-level BPE, vocabulary {tour.size.vocab_size:,}"),
         ("pre-training", f"recipe {tour.size.recipe}: {recipe.run.tokens:,} tokens in rows of {recipe.run.seq_len}"),
-        ("fine-tuning", f"{tour.size.lessons.sums:,} sums, 45 % of them wrong, {tour.size.lessons.instructions:,} other conversations"),
         ("seed, threads", f"{tour.seed}, {threads}"),
         ("folder", str(tour.out)),
     ]
@@ -385,8 +354,8 @@ def _read_state(out: Path) -> dict[str, Any]:
 
 def _remove(out: Path) -> None:
     """Delete what a tour writes beside its state, and nothing else."""
-    for name in ("validation.json", "samples.json", "chat.json", "report.html"):
+    for name in ("validation.json", "samples.json", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for name in ("data", "pretrain", "sft", "grpo"):
+    for name in ("data", "pretrain"):
         if (out / name).exists():
             shutil.rmtree(out / name)

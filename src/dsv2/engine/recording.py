@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Integer
 
 from dsv2.engine.answer import Answer
+from dsv2.engine.native import Piece
 from dsv2.engine.pieces import pieces_of
 from dsv2.engine.sampler import read_logprobs
 from dsv2.engine.sequence import Chunk, Plan
-from dsv2.engine.stack import Piece, Stack
+from dsv2.engine.stack import Stack
 
 _SCORED_ROWS = 128  # rows of logits kept at a time where a whole prompt's are wanted
 

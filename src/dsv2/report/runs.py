@@ -33,6 +33,7 @@ from dsv2.report.page import (
 from dsv2.report.preferences import preference_sections
 from dsv2.report.record import Record, domain_name, in_order, load_record, load_records
 from dsv2.report.reinforcement import reward_cards, reward_sections
+from dsv2.report.rollouts import write_rollouts
 
 
 def run(runs: list[Path], out: Path) -> None:
@@ -40,7 +41,7 @@ def run(runs: list[Path], out: Path) -> None:
 
     Args:
         runs: folders with a metrics.jsonl; recipe.toml and plan.json beside it are read where they are.
-        out: the HTML file.
+        out: the HTML file; of a run of GRPO, ``NAME-rollouts.html`` beside it lets its rollouts be browsed.
 
     Raises:
         DataError: a folder without metrics, or without a training step; or runs of GRPO beside others.
@@ -53,6 +54,10 @@ def run(runs: list[Path], out: Path) -> None:
     if reinforced:
         title = f"Run {records[0].name}" if len(runs) == 1 else f"{len(runs)} runs of GRPO compared"
         write_report(out, title=title, summary=reward_cards(records), sections=reward_sections(records))
+        if len(runs) == 1 and (runs[0] / "rollouts.jsonl").exists():
+            page = out.with_name(f"{out.stem}-rollouts.html")
+            write_rollouts(runs[0], page)
+            console().print(f"wrote {page}: every rollout, to browse", markup=False, soft_wrap=True)
     elif len(runs) == 1:
         record = records[0]
         cards = [*summary_cards(record, record.baselines), *step_cards(record)]
@@ -83,7 +88,6 @@ def write_tour_report(
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     samples: Sequence[Sample] = (),
     next_commands: Sequence[tuple[str, str]] = (),
-    alignment: Sequence[Section] = (),
 ) -> None:
     """Write the report of a tour: cards, what was learnt, the plan, where the time went, what to type next.
 
@@ -97,14 +101,12 @@ def write_tour_report(
             beside the model.
         samples: what the finished model wrote.
         next_commands: (command, what it does).
-        alignment: sections on fine-tuning and GRPO.
 
     """
     record = load_record(run_folder)
     baselines = record.baselines | dict(baselines or {})
     sections: list[Section] = [
         *sections_of(record, baselines, settings=False),
-        *alignment,
         ChapterSection("The tour"),
         *([SampleSection("What the finished model writes", tuple(samples))] if samples else []),
         TableSection("The plan", (), tuple(plan)),
@@ -115,7 +117,7 @@ def write_tour_report(
     write_report(
         out,
         title="A DeepSeek-V2, from text to talk",
-        subtitle="What dsv2 tour did on this machine: text, tokenizer, shards, pre-training, validation, samples, fine-tuning, GRPO.",
+        subtitle="What dsv2 tour did on this machine: text, tokenizer, shards, pre-training, validation, samples.",
         summary=[*summary_cards(record, baselines), *summary],
         sections=sections,
     )
