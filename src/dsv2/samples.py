@@ -4,13 +4,11 @@ The training room stands upstream of the engine and takes a callable. Samples dr
 with and without them.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dsv2.checkpoint.hub import is_model_id
-from dsv2.config import load_recipe, recipe_names
+from dsv2.config import load_recipe
 from dsv2.engine.engine import Engine
 from dsv2.engine.request import Request, SamplingParams
 from dsv2.errors import ConfigError
@@ -22,7 +20,7 @@ from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe
-from dsv2.train.run_folder import require_resume
+from dsv2.train.run_folder import load_stage_recipe, require_resume
 from dsv2.train.samples import SamplesSection
 from dsv2.train.sft import fine_tune, open_start
 from dsv2.train.sft_data import open_conversations
@@ -81,9 +79,7 @@ def sft(
         CheckpointError: there is no such model.
         DataError: missing or damaged conversations, or none to learn from.
     """
-    is_recipe = target.endswith(".toml") or target in recipe_names("sft") or not (is_model_id(target) or Path(target).exists())
-    given = overrides if is_recipe else [f"model.start={json.dumps(target)}", *overrides]
-    recipe = load_recipe(target if is_recipe else "default", SftRecipe, folder="sft", overrides=given)
+    recipe = load_stage_recipe(target, SftRecipe, "sft", overrides)
     require_resume(out, resume)
     start = open_start(recipe.model, recipe.run.seq_len)
     conversations = open_conversations(recipe, start.tokenizer, data, validation=validation, fim_documents=fim_documents)

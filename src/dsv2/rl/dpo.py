@@ -30,10 +30,11 @@ from dsv2.model.transformer import Transformer
 from dsv2.progress import bar
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection, DpoRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, load_stage_recipe, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, Start, by_figure, open_start, run_preferences
 from dsv2.rl.reward_model import ends
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
+from dsv2.train.run_folder import load_stage_recipe, require_resume
 
 REFERENCE = "reference-logps{}.npy"  # in the run's folder: of the training answers, and of each held-out domain
 Pairs = Float[Tensor, " pairs"]
@@ -65,7 +66,8 @@ def run(
         CheckpointError: there is no such model.
         DataError: missing or damaged preferences, or answers that are not compared.
     """
-    recipe = load_stage_recipe(target, DpoRecipe, "dpo", overrides, out, resume)
+    recipe = load_stage_recipe(target, DpoRecipe, "dpo", overrides)
+    require_resume(out, resume)
     start = open_start(recipe, "lm_head")
     pairs = open_preferences(recipe, start.tokenizer, data, validation=validation, form=only_pairs)
     train_dpo(recipe, start, pairs, out, tensorboard=tensorboard)

@@ -7,7 +7,6 @@ A step is a function of weights, moments and the number of prompts consumed: rol
 that was killed anywhere goes on from its newest checkpoint and ends with the same weights and rollouts, bit for bit.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -19,7 +18,6 @@ import torch
 
 from dsv2.checkpoint.layout import TrainingState, save_checkpoint
 from dsv2.checkpoint.steps import checkpoints, remove_old
-from dsv2.config import load_recipe, recipe_names
 from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
@@ -41,7 +39,7 @@ from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, require_resume, settled_recipe
+from dsv2.train.run_folder import METRICS, begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
 from dsv2.train.sft import StartModel, open_start
 from dsv2.train.start import begin_weights, start_hash
@@ -69,9 +67,7 @@ def run(
         CheckpointError: there is no such model.
         DataError: missing or malformed prompts.
     """
-    is_recipe = target.endswith(".toml") or target in recipe_names("grpo")
-    given = overrides if is_recipe else [f"model.start={json.dumps(target)}", *overrides]
-    recipe = load_recipe(target if is_recipe else "default", GrpoRecipe, folder="grpo", overrides=given)
+    recipe = load_stage_recipe(target, GrpoRecipe, "grpo", overrides)
     require_resume(out, resume)
     start = open_start(recipe.model, recipe.run.seq_len)
     train(recipe, start, open_prompts(recipe.task, data, recipe.run.seed), out, tensorboard=tensorboard)

@@ -1,7 +1,6 @@
 """A run on preferences over the loop of ``train/``: what a reward model and DPO have in common, from recipe to last checkpoint."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +8,8 @@ from typing import Any, TypeVar
 import torch
 
 from dsv2.checkpoint.folder import ModelFolder, open_folder
-from dsv2.checkpoint.hub import is_model_id
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
 from dsv2.checkpoint.steps import latest_checkpoint
-from dsv2.config import load_recipe, recipe_names
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
@@ -29,7 +26,7 @@ from dsv2.train.memory import keep_freed_memory, require_training_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, RECIPE, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.start import start_hash
 
@@ -60,22 +57,6 @@ class Stage:
     fill: Callable[[Transformer, Start], None]
     objective: Callable[[Transformer, LoopPlan, Path], tuple[Objective, Callable[[Transformer], Mapping[str, Any]] | None]]
     loss: str
-
-
-def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequence[str], out: Path, resume: bool) -> R:
-    """Load the recipe that a command's first argument means: a recipe, or the model, which then has the recipe "default".
-
-    Raises:
-        ConfigError: a wrong recipe, or a run folder that exists and may not be continued.
-    """
-    is_recipe = target.endswith(".toml") or target in recipe_names(folder) or not (is_model_id(target) or Path(target).exists())
-    given = overrides if is_recipe else [f"model.start={json.dumps(target)}", *overrides]
-    exists = (out / RECIPE).exists()
-    if exists and not resume:
-        raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
-    if resume and not exists:
-        raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
-    return load_recipe(target if is_recipe else "default", schema, folder=folder, overrides=given)
 
 
 def open_start(recipe: PreferenceRecipe, head: Head | None) -> Start:

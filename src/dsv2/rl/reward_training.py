@@ -1,6 +1,6 @@
 """Training a reward model on judged answers: point-wise or pair-wise (section 4.2); stage of ``dsv2 reward``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from dsv2.model.transformer import Transformer
 from dsv2.rl.calibration import Calibration, calibrate, calibrate_margins
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, load_stage_recipe, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, Start, by_figure, open_start, run_preferences
 from dsv2.rl.reward_losses import bradley_terry, logistic, squared_error
 from dsv2.rl.reward_model import RewardModel, ends, reward_source
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
+from dsv2.train.run_folder import load_stage_recipe, require_resume
 
 _MARGIN_BINS = 24  # of the histogram in the report
 
@@ -54,7 +55,8 @@ def run(
         CheckpointError: there is no such model.
         DataError: missing or damaged preferences, or none that the loss can use.
     """
-    recipe = load_stage_recipe(target, RewardRecipe, "reward", overrides, out, resume)
+    recipe = load_stage_recipe(target, RewardRecipe, "reward", overrides)
+    require_resume(out, resume)
     start = open_start(recipe, None)
     preferences = open_preferences(recipe, start.tokenizer, data, validation=validation, form=form_of(recipe.loss))
     train_reward_model(recipe, start, preferences, out, tensorboard=tensorboard)
@@ -198,8 +200,3 @@ def all_rewards(model: Transformer, rows: PreferenceRows, batch_rows: int, autoc
             found[answer] = reward
     model.train(was_training)
     return found
-
-
-def evaluate_reward_model(model: RewardModel, rows: Mapping[str, PreferenceRows], loss: RewardLossSection) -> dict[str, dict[str, Any]]:
-    """Return the held-out figures of a reward model by domain, in fp32."""
-    return {domain: held_out_figures(model, domain_rows, loss, 8, None) for domain, domain_rows in rows.items()}

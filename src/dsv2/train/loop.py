@@ -155,8 +155,7 @@ def train(
     ):
         for step, (consumed, size) in enumerate(steps[first:], start=first + 1):
             began = time.perf_counter()
-            tokens = consumed * seq_len
-            rate = learning_rate(plan.learning_rate, step=step - 1, tokens=tokens, total_tokens=plan.run.tokens)
+            rate = learning_rate(plan.learning_rate, step=step - 1, tokens=consumed * seq_len, total_tokens=plan.run.tokens)
             here = _Place(step, consumed + loader.rank * (size // loader.world_size), folder)
             if loader.stage(consumed + size - 1) != loader.stage(max(0, consumed - 1)):
                 guard = GuardState()  # other data on purpose: what came before says nothing about its loss

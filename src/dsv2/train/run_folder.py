@@ -4,14 +4,17 @@ RUN/recipe.toml    the recipe, resolved      RUN/plan.json      threads, torch, 
 RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dsv2.checkpoint.folder import read_json
+from dsv2.checkpoint.hub import is_model_id
 from dsv2.checkpoint.steps import checkpoints
-from dsv2.config import dump_toml, load_recipe
+from dsv2.config import dump_toml, load_recipe, recipe_names
 from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import atomic_write, atomic_write_json, clear_leftovers
 from dsv2.progress import console
@@ -37,6 +40,23 @@ def require_resume(out: Path, resume: bool) -> None:
         raise ConfigError(f"{out} already holds a run", hint="continue it with --resume, or choose another --out")
     if resume and not exists:
         raise ConfigError(f"{out} holds no run to resume: it has no {RECIPE}", hint="leave --resume out to begin one there")
+
+
+def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequence[str]) -> R:
+    """Load the recipe that a command's first argument means: a recipe, or the model, which then has the recipe "default".
+
+    Args:
+        target: a recipe's name or file, whose model.start an override may give; or a checkpoint, run or model id.
+        schema: of the stage's recipes.
+        folder: of those that are shipped.
+        overrides: ``key=value``.
+
+    Raises:
+        ConfigError: a wrong recipe.
+    """
+    is_recipe = target.endswith(".toml") or target in recipe_names(folder) or not (is_model_id(target) or Path(target).exists())
+    given = overrides if is_recipe else [f"model.start={json.dumps(target)}", *overrides]
+    return load_recipe(target if is_recipe else "default", schema, folder=folder, overrides=given)
 
 
 def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> R:

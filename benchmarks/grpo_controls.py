@@ -1,0 +1,152 @@
+"""What GRPO's gain on sums is made of: the same start and budget, and one thing changed at a time.
+
+    python benchmarks/grpo_controls.py --out FOLDER [--start runs/start/sft] [--seeds 3] [--steps 20]
+
+The start knows sums from demonstrations of which 45 % are wrong (arithmetic_start.py). Every arm takes ``steps`` x 32 prompts x 8 answers,
+or as many demonstrations. Held-out sums of another split, 8 answers each at temperature 1. Prints a table (mean and standard error over
+seeds) and ``ratio NAME VALUE`` lines: pass@1 of GRPO over that of the arm.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from arithmetic_start import LONGEST, answered, make_start
+
+PROMPTS, SIZE = 32, 8
+GRPO = {
+    "GRPO": [],
+    "GRPO, shuffled rewards": ["reward=[{name='answer', shuffled=true}]"],
+    "GRPO without KL": ["preset=dr_grpo"],
+    "GRPO, ratio of whole outputs (v2)": ["preset=v2"],
+}
+ONE_CHECKPOINT = "run.checkpoint_every=100000"
+SHORT = ["run.epochs=1", "run.seq_len=128", "run.precision=fp32", "data.validation_share=0"]
+RATE = ["learning_rate.peak=3e-4", "learning_rate.warmup_steps=5", "learning_rate.decay=cosine"]
+
+
+def grpo(start: Path, out: Path, seed: int, steps: int, overrides: list[str]) -> Path:
+    """Run GRPO as the recipe says, with one thing changed."""
+    from dsv2.config import load_recipe
+    from dsv2.rl.grpo import train
+    from dsv2.rl.grpo_recipe import GrpoRecipe
+    from dsv2.rl.prompts import open_prompts
+    from dsv2.train.sft import open_start
+
+    given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", f"run.steps={steps}", "task.held_out=0", ONE_CHECKPOINT]
+    recipe = load_recipe("arithmetic", GrpoRecipe, folder="grpo", overrides=given + overrides)
+    train(recipe, open_start(recipe.model, recipe.run.seq_len), open_prompts(recipe.task, [], seed), out)
+    return out
+
+
+def more_demonstrations(start: Path, out: Path, seed: int, steps: int) -> Path:
+    """Go on with fine-tuning, on as many new demonstrations as GRPO draws answers."""
+    from dsv2.tasks.arithmetic import demonstrations
+
+    rows = [{"messages": messages} for messages in demonstrations(steps * PROMPTS * SIZE, seed + 100)]
+    return sft(start, out, seed, rows)
+
+
+def own_right_answers(start: Path, out: Path, seed: int, steps: int) -> Path:
+    """Rejection sampling: draw as many answers as GRPO, keep the right ones, fine-tune on them."""
+    rows = [
+        {"messages": [*rollout.example["messages"], {"role": "assistant", "content": rollout.text}]}
+        for rollout, right in own_answers(start, seed, steps)
+        if right
+    ]
+    return sft(start, out, seed, rows)
+
+
+def pairs_offline(start: Path, out: Path, seed: int, steps: int) -> Path:
+    """DPO on pairs of a right and a wrong answer to one prompt, out of as many answers as GRPO draws."""
+    groups: dict[int, tuple[dict, list[str], list[str]]] = {}
+    for rollout, right in own_answers(start, seed, steps):
+        group = groups.setdefault(rollout.group, (dict(rollout.example), [], []))
+        group[1 if right else 2].append(rollout.text)
+    pairs = [
+        {"messages": example["messages"], "chosen": good, "rejected": bad}
+        for example, right, wrong in groups.values()
+        for good, bad in zip(right, wrong, strict=False)
+    ]
+    out.mkdir(parents=True)
+    (out / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tuned("dpo", start, out, seed, [out / "pairs.jsonl"], ["batch.sequences=32", "batch.micro_sequences=32"])
+    return out / "run"
+
+
+def own_answers(start: Path, seed: int, steps: int) -> list:
+    """Return (rollout, whether it is right) of the start's answers to as many prompts as GRPO takes."""
+    from dsv2.engine.llm import LLM
+    from dsv2.rl.rollout import draw
+    from dsv2.tasks.arithmetic import final_number, problems
+
+    asked = list(problems(steps * PROMPTS, seed + 200))
+    examples = [{"messages": [{"role": "user", "content": p.question}], "answer": p.answer} for p in asked]
+    with LLM(start, dtype="fp32", max_batch=64, max_len=128) as llm:
+        drawn = draw(llm, examples, group_size=SIZE, max_tokens=LONGEST, seed=str(seed))
+    return [(rollout, final_number(rollout.text) == rollout.example["answer"]) for rollout in drawn]
+
+
+def sft(start: Path, out: Path, seed: int, rows: list[dict]) -> Path:
+    out.mkdir(parents=True)
+    (out / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    tuned("sft", start, out, seed, [out / "rows.jsonl"], ["batch.sequences=8", "batch.micro_sequences=8", "samples.prompts=[]"])
+    return out / "run"
+
+
+def tuned(verb: str, start: Path, out: Path, seed: int, data: list[Path], more: list[str]) -> None:
+    """Run ``dsv2 sft`` or ``dsv2 dpo`` at GRPO's learning rate."""
+    from dsv2 import samples
+    from dsv2.rl import dpo
+
+    given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", ONE_CHECKPOINT, *SHORT, *RATE, *more]
+    (samples.sft if verb == "sft" else dpo.run)("default", given, data=data, out=out / "run")
+
+
+def arms(steps: int) -> dict[str, Callable[[Path, Path, int], Path]]:
+    found: dict[str, Callable[[Path, Path, int], Path]] = {
+        name: lambda start, out, seed, overrides=overrides: grpo(start, out, seed, steps, overrides) for name, overrides in GRPO.items()
+    }
+    found["more demonstrations"] = lambda start, out, seed: more_demonstrations(start, out, seed, steps)
+    found["own right answers (rejection sampling)"] = lambda start, out, seed: own_right_answers(start, out, seed, steps)
+    found["DPO on own pairs"] = lambda start, out, seed: pairs_offline(start, out, seed, steps)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="run that every arm begins from; without it one is made, in a minute and a half")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    start = arguments.start or make_start(arguments.out / "start")
+    found: dict[str, list[dict[str, float]]] = {"start": [answered(start)]}
+    seconds: dict[str, float] = {"start": 0.0}
+    for name, arm in arms(arguments.steps).items():
+        for seed in range(arguments.seeds):
+            began = time.perf_counter()
+            run = arm(start, arguments.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}", seed)
+            seconds[name] = time.perf_counter() - began
+            found.setdefault(name, []).append(answered(run))
+    print(f"\n| {arguments.steps} steps, {arguments.seeds} seeds | pass@1 | pass@{SIZE} | greedy | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, results in found.items():
+        cells = [spread([result[key] for result in results]) for key in ("pass@1", f"pass@{SIZE}", "greedy")]
+        print(f"| {name} | {' | '.join(cells)} | {seconds[name]:.0f} |")
+    best = statistics.mean(result["pass@1"] for result in found["GRPO"])
+    for name, results in found.items():
+        told = name.replace(" ", "_").replace(",", "")
+        print(f"ratio grpo_over_{told} {best / statistics.mean(result['pass@1'] for result in results):.3f}")
+
+
+def spread(values: list[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+if __name__ == "__main__":
+    main()
