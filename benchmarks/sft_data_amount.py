@@ -133,7 +133,7 @@ def train_on(arguments: argparse.Namespace, amount: int, chats: Path, held_out: 
         "learning_rate": {"peak": arguments.rate, "decay": "cosine", "final_share": 0.1, "warmup_steps": max(1, arguments.steps // 20)},
     }  # fmt: skip
     recipe = SftRecipe.model_validate(settings)
-    start = open_start(recipe)
+    start = open_start(recipe.model, recipe.run.seq_len)
     data = open_conversations(recipe, start.tokenizer, [chats], validation=[held_out])
     epochs = arguments.steps * recipe.batch.sequences / len(data.rows)
     out = arguments.out / f"sft-{amount}"

@@ -77,7 +77,7 @@ def run_dsv2(folder: Path, precision: str, steps: int) -> dict[str, Any]:
     from dsv2.train.sft_data import open_conversations
 
     recipe = recipe_of(folder, precision)
-    start = open_start(recipe)
+    start = open_start(recipe.model, recipe.run.seq_len)
     data = open_conversations(recipe, start.tokenizer, [folder / "chats.jsonl"])
     real, begins = loop.train_step, []
 
@@ -108,7 +108,7 @@ def run_trl(folder: Path, precision: str, steps: int, packing: str, experts: str
     from dsv2.train.sft_data import open_conversations
 
     recipe = recipe_of(folder, precision)
-    data = open_conversations(recipe, open_start(recipe).tokenizer, [folder / "chats.jsonl"])
+    data = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [folder / "chats.jsonl"])
     samples = data.rows.samples
     dataset = Dataset.from_list(
         [
