@@ -83,9 +83,10 @@ def pick_with(made: SamplerState, logits: np.ndarray, number: float) -> int:
         return made.pick(row, int(row.argmax()), float(row.max()))
 
 
+# A number of exactly 0 draws the first token that float32 does not round to nothing, which may be another one than in float64.
 @settings(deadline=None, max_examples=150)
 @given(
-    st.integers(0, 2**32), st.integers(2, 1500), st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.1, 0.7, 1.0, 3.0]),
+    st.integers(0, 2**32), st.integers(2, 1500), st.floats(1e-9, 1, exclude_max=True), st.sampled_from([0.0, 0.1, 0.7, 1.0, 3.0]),
     st.sampled_from([0, 1, 7, 900]), st.sampled_from([1.0, 0.999, 0.9, 0.3, 1e-6]), st.sampled_from([0.0, 0.01, 0.5, 1.0]),
     st.sampled_from([1.0, 1.3, 0.8]), st.sampled_from([0.0, 0.5, -0.5]), st.sampled_from([0.0, 1.0, -2.0]), st.floats(0.1, 4),
 )  # fmt: skip
