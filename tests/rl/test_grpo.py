@@ -86,6 +86,12 @@ def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, mo
     assert sorted(path.name for path in (tmp_path / "whole").glob("reference-*")) == ["reference-0.safetensors", "reference-2.safetensors"]
 
 
+def test_a_reference_that_no_checkpoint_needs_is_removed(start: Path, tmp_path: Path) -> None:
+    train(recipe_of(start, run=SECTIONS["run"] | {"keep": 1}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-4"]
+    assert not list((tmp_path / "run").glob("reference-[02].safetensors"))
+
+
 def test_rewards_shape_the_policy_and_equal_ones_do_not(start: Path, tmp_path: Path) -> None:
     even = Rewards([Part("even", lambda rollouts: [sum(token % 2 == 0 for token in r.tokens) / len(r.tokens) for r in rollouts])])
     run, pace = SECTIONS["run"] | {"steps": 20, "checkpoint_every": 99}, {"peak": 1e-2, "warmup_steps": 0}
@@ -111,6 +117,7 @@ def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
         found = grpo.objective_of(recipe_of(start, preset=name))
         assert found.ratio == objective.ratio and found.kl_weight == objective.kl_weight
     assert grpo.objective_of(recipe_of(start, preset="dr_grpo")).constant_len == 12
+    assert grpo.objective_of(recipe_of(start, objective={"normalise": "constant"})).constant_len == 12
     with pytest.raises(ConfigError, match="both set the objective"):
         grpo.objective_of(recipe_of(start, preset="v2", objective={"clip_low": 0.1}))
 

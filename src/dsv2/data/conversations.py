@@ -74,6 +74,24 @@ class ReadingReport:
         self.refused[reason] += 1
         self.first_refused.setdefault(reason, place)
 
+    def require_few_refused(self, name: str, most: float) -> None:
+        """Refuse files of which too little can be used.
+
+        Args:
+            name: of the files, for the message.
+            most: share of the rows that may be refused.
+
+        Raises:
+            DataError: more are.
+        """
+        refused = self.refused.total()
+        if refused > most * self.rows:
+            raise DataError(
+                f"{refused:,} of {self.rows:,} {name} rows are refused, more than data.max_refused = {most:g}:\n  "
+                + "\n  ".join(self.lines()[1:]),
+                hint="mend the rows, raise run.seq_len or set data.too_long=cut where they are too long, or raise data.max_refused",
+            )
+
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         forms = ", ".join(f"{count:,} as {form}" for form, count in self.read.most_common()) or "none"

@@ -1,5 +1,7 @@
 """Chance that is computed, not stored: the permutation that shuffles rows, one for each epoch and seed, and a lot for each sample."""
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
@@ -47,6 +49,11 @@ def lots(samples: Int64[np.ndarray, "samples"], *, seed: int) -> Float64[np.ndar
     """
     mixed = mix(mix(np.full(samples.shape, seed, dtype=np.uint64) + LOTTERY) + samples.astype(np.uint64) * GOLDEN)
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def drawn_by_content(content: str, share: float) -> bool:
+    """Tell whether a text belongs to a share of all texts: by its content alone, so that two of the same are on one side of a split."""
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") < share * 2**64
 
 
 def mix(values: UInt64[np.ndarray, "samples"]) -> UInt64[np.ndarray, "samples"]:

@@ -160,12 +160,15 @@ class _Run:
                 self._write(batch, learned, agreed, rate, step_s)
                 progress.advance(1, **_shown(batch, learned))
                 last = self.step == run.steps
+                if last or self.step % run.sample_every == 0:
+                    self._show(batch)
                 if last or self.step % run.validate_every == 0:
                     self._evaluate()
                 if last or self.step % run.checkpoint_every == 0:
                     state = TrainingState(self.step, self.consumed, self.elapsed, optimizer_tensors(self.model, self.optimizer))
                     save_checkpoint(self.out / f"step-{self.step}", self.model, self.tokenizer, training=state)
                     remove_old(self.out, run.keep)
+                    self.reference.remove_before(self._reference_step(int(checkpoints(self.out)[0].name.removeprefix("step-"))))
         return self.model
 
     # one step: sample, learn -----------------------------------------------------------------------------------------------------------
@@ -228,9 +231,10 @@ class _Run:
         self.llm.weights_changed()
         return learned, agreed, rate
 
-    def _reference_step(self) -> int:
-        every = self.recipe.reference.refresh_every
-        return self.step // every * every if every else 0
+    def _reference_step(self, step: int | None = None) -> int:
+        """Return the step whose policy is the reference of the step after ``step``, of the run's next one if that is None."""
+        every, done = self.recipe.reference.refresh_every, self.step if step is None else step
+        return done // every * every if every else 0
 
     # what people see -------------------------------------------------------------------------------------------------------------------
 
@@ -256,6 +260,12 @@ class _Run:
                 self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
                 advantage=round(batch.advantages[i].item(), 6), learned=i in learned_from,
             )  # fmt: skip
+
+    def _show(self, batch: _Batch) -> None:
+        """Print a rollout of the step."""
+        first, earned = batch.drawn[0], batch.scores.total[0]
+        shown = f"step {self.step}, {first.example['messages'][-1]['content']!r}: {first.text!r}, reward {earned}"
+        console().print(shown[:400], markup=False, soft_wrap=True)
 
     def _evaluate(self) -> None:
         if not self.prompts.held_out:
@@ -298,15 +308,13 @@ def objective_of(recipe: GrpoRecipe) -> Objective:
     Raises:
         ConfigError: it does both.
     """
-    if recipe.preset is None:
-        return recipe.objective
-    if recipe.objective != Objective():
+    if recipe.preset is not None and recipe.objective != Objective():
         raise ConfigError(f"preset = {recipe.preset!r} and [objective] both set the objective", hint="leave one of them out")
-    chosen = PRESETS[recipe.preset]
+    chosen = recipe.objective if recipe.preset is None else PRESETS[recipe.preset]
     fitted: dict[str, Any] = {}
     if chosen.normalise == "constant" and chosen.constant_len is None:
         fitted["constant_len"] = recipe.rollout.max_tokens
-    if chosen.overlong_buffer > recipe.rollout.max_tokens:
+    if recipe.preset is not None and chosen.overlong_buffer > recipe.rollout.max_tokens:
         fitted["overlong_buffer"] = max(1, recipe.rollout.max_tokens // 5)
     return chosen.model_copy(update=fitted)
 

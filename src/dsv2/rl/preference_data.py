@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2.data.conversations import ReadingReport
+from dsv2.data.order import drawn_by_content
 from dsv2.data.preference_filters import filtered, in_proportion
 from dsv2.data.preference_rows import JudgedAnswers, PreferenceRows, render_preferences
 from dsv2.data.preferences import Preference, read_preferences
-from dsv2.errors import DataError
 from dsv2.rl.preference_recipe import PreferenceRecipe
 from dsv2.tokenizer.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def open_preferences(
     rows = _packed(render(training, "training"), recipe, tokenizer)
     held_out = {domain: _packed(render(preferences, name), recipe, tokenizer) for domain, preferences in by_domain.items()}
     for which, report in reports.items():
-        _require_few_refused(which, report, section.max_refused)
+        report.require_few_refused(which, section.max_refused)
     return PreferenceData(rows, held_out, tokenizer, dict(Counter(one.domain for one in training)), reports, dict(dropped))
 
 
@@ -105,14 +105,4 @@ def _is_held_out(preference: Preference, share: float) -> bool:
     if not share:
         return False
     content = json.dumps(preference.answers[0].prompt, sort_keys=True, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") < share * 2**64
-
-
-def _require_few_refused(name: str, report: ReadingReport, most: float) -> None:
-    refused = report.refused.total()
-    if refused > most * report.rows:
-        raise DataError(
-            f"{refused:,} of {report.rows:,} {name} rows are refused, more than data.max_refused = {most:g}:\n  "
-            + "\n  ".join(report.lines()[1:]),
-            hint="mend the rows, raise run.seq_len or set data.too_long=cut where they are too long, or raise data.max_refused",
-        )
+    return drawn_by_content(content, share)

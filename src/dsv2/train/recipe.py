@@ -1,7 +1,7 @@
 """The recipe of pre-training as data: every section, and the model's config that it means."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -39,7 +39,16 @@ class StageRecipe(Section):
     """What a run's folder reads of the recipe of any stage."""
 
     run: PaceSection
-    samples: SamplesSection = SamplesSection()
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A recipe of a stage that lets its model write on the way."""
+
+    @property
+    def samples(self) -> SamplesSection:
+        """What it writes."""
+        ...
 
 
 class PretrainRecipe(StageRecipe):
@@ -53,6 +62,7 @@ class PretrainRecipe(StageRecipe):
     balance: BalanceSection = BalanceSection()
     dropping: DroppingSection = DroppingSection()
     guard: GuardSection = GuardSection()
+    samples: SamplesSection = SamplesSection()
     mixture: MixtureRules | None = Field(default=None, description="Weights of the domains; without it every row once an epoch.")
 
     def model_config_for(self, tokenizer: Tokenizer | None) -> ModelConfig:

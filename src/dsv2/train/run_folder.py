@@ -20,7 +20,7 @@ from dsv2.files import atomic_write, atomic_write_json, clear_leftovers
 from dsv2.progress import console
 from dsv2.train.loop import MAY_CHANGE
 from dsv2.train.precision import resolve_precision
-from dsv2.train.recipe import StageRecipe
+from dsv2.train.recipe import Sampled, StageRecipe
 
 R = TypeVar("R", bound=StageRecipe)
 
@@ -96,7 +96,8 @@ def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device,
     if plan["threads"] != torch.get_num_threads():
         console().print(f"going on with {plan['threads']} threads, as the run began: sums depend on their number", markup=False)
         torch.set_num_threads(plan["threads"])
-    return _same(began.model_copy(update={"samples": settled.samples}), settled, *MAY_CHANGE)
+    samples: dict[str, Any] = {"samples": settled.samples} if isinstance(settled, Sampled) else {}
+    return _same(began.model_copy(update=samples), settled, *MAY_CHANGE)
 
 
 def _read_plan(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dsv2.data.conversation_fim import add_fim, fenced_code
 from dsv2.data.conversation_rows import ConversationRows, Samples, render_samples
 from dsv2.data.conversations import Conversation, ReadingReport, read_conversations
 from dsv2.data.documents import read_documents
-from dsv2.errors import DataError
+from dsv2.data.order import drawn_by_content
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft_recipe import SftRecipe
 
@@ -89,7 +89,7 @@ def open_conversations(
         held = list(read_conversations(validation, reports["validation"]))
     held_samples = _rendered(held, tokenizer, recipe, reports.get("validation", reports["training"])) if held else {}
     for name, report in reports.items():
-        _require_few_refused(name, report, recipe.data.max_refused)
+        report.require_few_refused(name, recipe.data.max_refused)
     return ConversationData(
         ConversationRows(training, recipe.run.seq_len, pad_id=tokenizer.eos_id),
         {
@@ -119,14 +119,4 @@ def _together(domains: dict[str, Samples]) -> Samples:
 def _is_held_out(conversation: Conversation, share: float) -> bool:
     """Decide by the content alone: a conversation that occurs twice is on one side, whatever else is in the files."""
     content = json.dumps([conversation.messages, conversation.tools], sort_keys=True, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") < share * 2**64
-
-
-def _require_few_refused(name: str, report: ReadingReport, most: float) -> None:
-    refused = report.refused.total()
-    if refused > most * report.rows:
-        raise DataError(
-            f"{refused:,} of {report.rows:,} {name} rows are refused, more than data.max_refused = {most:g}:\n  "
-            + "\n  ".join(report.lines()[1:]),
-            hint="mend the rows, raise run.seq_len or set data.too_long=cut where they are too long, or raise data.max_refused",
-        )
+    return drawn_by_content(content, share)
