@@ -72,9 +72,13 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
 def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put saved moments back; on the same device they become the optimiser's own, not copies: a run holds them once.
 
+    No moment at all is the state of an optimiser that has not stepped yet: GRPO saves it where no group of answers has taught anything.
+
     Raises:
         CheckpointError: a parameter's moments are missing.
     """
+    if not tensors:
+        return
     moments = {parameter: _moments(group) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in ((name, parameter) for name, parameter in model.named_parameters() if parameter in moments):
         try:

@@ -102,6 +102,9 @@ def decode(wire: Wire, thing: Callable[[int, str], object]) -> Any:
         if kind == "b":
             return bytes.fromhex(items[0])
         if kind == "o":
+            # the number goes back into a line as it came: a text in its place could hold the end of that line and a verdict
+            if type(items[0]) is not int or type(items[1]) is not str:
+                raise ValueError(f"no number and name of an object: {items!r}")
             return thing(items[0], items[1])
         values = [decode(item, thing) for item in items]
         if kind == "d":
