@@ -24,6 +24,7 @@ FORMS = {
     "parted": Asserts(("assert f(3) == 271828",)),
     "examined": Asserts(("assert f(3) in (271828, 314159)",)),
     "check": Check("def check(candidate):\n    assert candidate(3) == 271828\n    assert not candidate(3) != 271828\n", "f"),
+    "handed back": Asserts(("assert all(map(lambda x: f(f(x)) == 271828, (3,)))",)),
 }
 
 

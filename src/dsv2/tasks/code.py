@@ -110,11 +110,11 @@ def _grade_calls(program: str, planned: Calls, limits: Limits, level: str, begun
     return _verdict(process, begun, results, as_one=planned.as_one)
 
 
-def _result_of(answer: list[Any], expected: Any) -> str:
-    """Return "" for a passed test, else what is wrong."""
+def _result_of(answer: list[Any], expected: Any) -> str | None:
+    """Return None for a passed test, else what is wrong, which may be "": an exception can have no name and say nothing."""
     match answer:
         case ["value", seen] if equals(seen, expected):
-            return ""
+            return None
         case ["value", seen]:
             return f"{str(seen)[:100]} is not what was expected"
         case ["raised", str(name), str(said)]:
@@ -122,8 +122,8 @@ def _result_of(answer: list[Any], expected: Any) -> str:
     return "no answer"
 
 
-def _verdict(process: Confined, begun: float, results: list[str], *, as_one: bool) -> Verdict:
-    wrong = [(number, result) for number, result in enumerate(results, 1) if result]
+def _verdict(process: Confined, begun: float, results: list[str | None], *, as_one: bool) -> Verdict:
+    wrong = [(number, result) for number, result in enumerate(results, 1) if result is not None]
     outcome: Outcome = "memory" if any(result.startswith("MemoryError") for _, result in wrong) else "fail" if wrong else "pass"
     detail = f"test {wrong[0][0]}: {wrong[0][1]}" if wrong else ""
     passed, total = (int(not wrong), 1) if as_one else (len(results) - len(wrong), len(results))
@@ -132,7 +132,7 @@ def _verdict(process: Confined, begun: float, results: list[str], *, as_one: boo
 
 def _grade_examined(program: str, planned: Examination, limits: Limits, level: str, begun: float) -> Verdict:
     """Let an examiner call the program's functions. What decides is what the examiner says, to which no program can write."""
-    results: list[str] = []
+    results: list[str | None] = []
     notes: dict[str, str] = {}  # "asked": a call waits for its answer; "undefined", "broken": why there are no results
 
     def on_message(processes: list[Confined], place: int, message: list[Any]) -> bool:
@@ -141,8 +141,10 @@ def _grade_examined(program: str, planned: Examination, limits: Limits, level: s
             case ["call", *call] if place == 0:
                 notes["asked"] = ""
                 served.send(tuple(call))
-            case ["pass" | "fail", *said] if place == 0:
-                results.append(str(said[0]) if said else "")
+            case ["pass"] if place == 0:
+                results.append(None)
+            case ["fail", str(said)] if place == 0:
+                results.append(said)
             case ["broken", str(said)] if place == 0:
                 notes["broken"] = said
             case ["defined"]:
@@ -161,7 +163,7 @@ def _grade_examined(program: str, planned: Examination, limits: Limits, level: s
         return Verdict("infrastructure", f"the tests do not run: {notes['broken']}", level=examiner.level)
     missing = len(planned.statements) - len(results)
     if missing and (died := served.died_of() or examiner.died_of()):
-        total, passed = len(planned.statements), len(results) - sum(map(bool, results))
+        total, passed = len(planned.statements), results.count(None)
         return verdict_of(served if served.died_of() else examiner, begun, *died, passed=passed, total=total)
     results += [notes.get("undefined", "the program ended before this test")] * missing
     return _verdict(served, begun, results, as_one=False)
