@@ -27,7 +27,7 @@ _CAPSET = {"x86_64": 126, "aarch64": 91}
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every machine
 
 # LANDLOCK_ACCESS_FS_*: what a rule set of each version of the kernel's interface can handle
-_WRITE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
+_WRITE, _READ_FILE, _READ_DIR, _MAKE_FILE, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 8, 1 << 14
 _HANDLED_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 _HANDLED_TCP = 0x3  # bind and connect, from version 4 on
 _SCOPED = 0x3  # abstract sockets and signals, from version 6 on
@@ -125,7 +125,7 @@ def _landlock(scratch: str) -> bool:
     for path, allowed in _readable():
         _allow(handle, path, allowed & handled)
     if scratch:
-        _allow(handle, scratch, (_WRITE | _READ_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_FILE | _TRUNCATE) & handled)
+        _allow(handle, scratch, (_WRITE | _READ_FILE | _READ_DIR | _MAKE_FILE | _TRUNCATE) & handled)
     restricted = _libc.syscall(_LANDLOCK_RESTRICT, handle, 0) == 0
     os.close(handle)
     return restricted and _refused(lambda: os.open("/", os.O_RDONLY), 13)  # EACCES
