@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsv2.errors import ConfigError
+from dsv2.tasks import sandbox
 from dsv2.tasks.inside.syscalls import seccomp_filter
 from dsv2.tasks.process import Confined
 from dsv2.tasks.sandbox import LEVELS, Limits, Verdict, run, strongest_level
@@ -146,6 +147,15 @@ def test_a_program_that_got_no_processor_is_not_judged(monkeypatch):
     assert run("import time; time.sleep(9)", limits=limits).outcome == "timeout"
     monkeypatch.setattr(Confined, "_waited_for_a_processor", lambda _: 0.15)
     assert run("import time; time.sleep(9)", limits=limits).outcome == "infrastructure"
+
+
+def test_what_waits_for_a_processor_is_the_program_and_not_its_wrapper(monkeypatch):
+    monkeypatch.setattr(sandbox, "_bubblewrap_works", lambda: True)
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda _: ("", ["/bin/sh", "-c", '/bin/sh -c \'"$@"; exit $?\' sh "$@"; exit $?', "sh"]))
+    read, seen = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda path: (seen.append(str(path)), read(path))[1])
+    assert run("import time\ntime.sleep(9)", limits=Limits(wall_s=0.3)).outcome == "timeout"
+    assert [path.endswith("schedstat") for path in seen] == [False, False, False, True]
 
 
 def test_a_program_dies_with_the_process_that_judges_it():

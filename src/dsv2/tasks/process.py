@@ -171,7 +171,7 @@ class Confined:
 
     def check(self) -> None:
         """End the process if its time is over or its files are too large."""
-        if self.status is None and time.monotonic() >= self.deadline:
+        if self.status is None and not self.end and time.monotonic() >= self.deadline:
             self.waited_s = self._waited_for_a_processor()
             self.kill("time")
         if self.status is None and self._scratch and _folder_bytes(self._scratch) > self._limits.scratch_bytes:
