@@ -1,5 +1,6 @@
 """Programs run as they should, refusals are refusals of the machine, and nothing survives."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,6 +127,21 @@ def test_a_process_that_cannot_be_started_is_no_failure_of_the_program(monkeypat
 
 def children() -> list[int]:
     return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+
+
+def test_no_huge_pages_which_the_limit_of_memory_would_not_count():
+    before, verdicts = set(children()), []
+    thread = threading.Thread(target=lambda: verdicts.append(run("print('here', flush=True)\nimport time\ntime.sleep(0.5)")))
+    thread.start()
+    enabled: set[str] = set()
+    while thread.is_alive():
+        for pid in set(children()) - before:
+            with contextlib.suppress(OSError):  # it has ended
+                status = Path(f"/proc/{pid}/status").read_text()
+                enabled |= {line for line in status.splitlines() if line.startswith("THP_enabled")}
+        time.sleep(0.01)
+    assert verdicts[0].outcome == "pass"
+    assert "THP_enabled:\t0" in enabled
 
 
 def test_a_process_killed_from_outside_is_no_failure_of_the_program():

@@ -22,6 +22,7 @@ LEVELS = ("rlimits", "seccomp", "landlock+seccomp", "bubblewrap+landlock+seccomp
 
 _UNSHARED_UID = 1_900_000_000  # plus the process id: a user that owns nothing and shares its limits with nobody
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_PR_SET_THP_DISABLE = 41
 _SIGKILL = 9  # the module signal is slow to import; Python itself ignores SIGXFSZ, so that too large a file is an OSError
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every machine
@@ -48,6 +49,8 @@ def limit_resources(cpu_s: int, memory_bytes: int, file_bytes: int, open_files: 
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
         resource.setrlimit(which, (soft, hard))
+    # of a page of 2 MiB all stays while 4 KiB are mapped, and the limit of the address space counts those
+    _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def give_up_privileges(scratch: str) -> None:
