@@ -165,14 +165,18 @@ def test_partial_marks_and_reasons():
 
 @linux
 def test_what_a_program_says_is_shown_on_one_line():
-    assert grade("def f(): raise ValueError('a\\n\\x1b[2Jb\\ud800')", Asserts(("assert f() == 1",))).detail == "test 1: ValueError: a  [2Jb "
+    program = "def f(): raise ValueError('a\\n\\x1b[2Jb\\ud800')"
+    assert grade(program, Asserts(("assert f() == 1",))).detail == "test 1: ValueError: a  [2Jb "
 
 
 @linux
 def test_what_is_nested_too_deeply_is_the_program_s_mistake():
     """Some versions of Python read more than they can pass on; here the recursion limit makes this one do so."""
-    program = "import os\ndef f(x):\n    for h in range(3, 64):\n        try: os.write(h, b'[\"value\",' + b'[' * 5000 + b']' * 5000 + b']\\n')"
-    program += "\n        except OSError: pass"
+    program = r"""import os
+def f(x):
+    for h in range(3, 64):
+        try: os.write(h, b'["value",' + b'[' * 5000 + b']' * 5000 + b']\n')
+        except OSError: pass"""
     deepest = f"f = lambda x: {'[' * 90}{']' * 90}"
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)

@@ -34,7 +34,7 @@ def extract_code(answer: str) -> str | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is not our "\\d"
+            warnings.simplefilter("ignore")  # of "\d" in what a model wrote
             compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -140,23 +140,23 @@ def _grade_examined(program: str, planned: Examination, limits: Limits, level: s
 
     def on_message(processes: list[Confined], place: int, message: list[Any]) -> bool:
         examiner, served = processes
-        match message:
-            case _ if place == 0 and "asked" in notes:
+        match ("examiner", "served")[place], *message:
+            case ["examiner", *_] if "asked" in notes:
                 examiner.kill("spoke while it waited for an answer")
-            case ["call", *call] if place == 0:
+            case ["examiner", "call", *call]:
                 notes["asked"] = ""
                 served.send(tuple(call))
-            case ["pass"] if place == 0:
+            case ["examiner", "pass"]:
                 results.append(None)
-            case ["fail", str(said)] if place == 0:
+            case ["examiner", "fail", str(said)]:
                 results.append(said)
-            case ["broken", str(said)] if place == 0 and not results:
+            case ["examiner", "broken", str(said)] if not results:
                 notes["broken"] = said
-            case _ if place == 0:
+            case ["examiner", *_]:
                 examiner.kill("said what no examiner says")
-            case ["defined"] if "defined" not in notes:
+            case ["served", "defined"] if "defined" not in notes:
                 notes["defined"] = ""
-            case ["raised", _, str(said)] if "asked" not in notes:
+            case ["served", "raised", _, str(said)] if "asked" not in notes:
                 notes["undefined"] = said
             case _ if notes.pop("asked", None) is not None:
                 examiner.send(tuple(message))

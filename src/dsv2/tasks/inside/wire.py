@@ -113,6 +113,8 @@ def decode(wire: Wire, thing: Callable[[int, str], object]) -> Any:
         values = [decode(item, thing) for item in items]
         if kind == "d":
             return dict(zip(values[::2], values[1::2], strict=True))
-        return {"l": list, "t": tuple, "s": set, "z": frozenset, "g": iter}[kind](values)
+        if kind == "g":
+            return iter(values)
+        return {"l": list, "t": tuple, "s": set, "z": frozenset}[kind](values)
     except (TypeError, LookupError, RecursionError, OverflowError) as error:
         raise ValueError(f"no value: {error!r}") from None
