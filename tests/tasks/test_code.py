@@ -65,6 +65,13 @@ def test_types_that_python_tells_apart():
     assert equals(encoded(10**5000), 10**5000)
 
 
+@pytest.mark.parametrize("fields", [["0", "T"], [True, "T"], [0.0, "T"], [0, ["d"]], [0]])
+def test_an_object_without_number_and_name_is_no_value(fields):
+    """Whatever stood for its number would go into a line of the examiner's as it came."""
+    with pytest.raises(ValueError, match="no value"):
+        decode(["l", ["o", *fields]], lambda number, _: number)
+
+
 def test_what_can_be_no_key_is_not_built(monkeypatch):
     """To build a set of items whose hashes collide takes the judge minutes, and holds all of its threads."""
     built = []

@@ -20,7 +20,7 @@ from dsv2.tasks.sandbox import LEVELS, Limits, Verdict, run, strongest_level
 from dsv2.tasks.verdict import MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = Path(sandbox.__file__).parents[2]  # of the package that is tested, which may be a copy
 
 
 def test_a_program_reads_and_writes_and_fails_with_its_own_words():
