@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,11 +140,12 @@ class Confined:
         if self._channel in self._watched:
             self._selector.modify(self._channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._talk)
 
-    def lines(self) -> Iterator[list[Any]]:
-        """Yield what arrived on the channel since the last call, after the first message, which this class reads itself.
+    def lines(self) -> list[Any]:
+        """Return what arrived on the channel since the last call, after the first message, which this class reads itself.
 
-        Nothing is believed that follows a line for which the process is ended.
+        What follows a line for which the process is ended is not read, here or later.
         """
+        found: list[Any] = []
         while not self.end and (end := self._up.find(b"\n")) >= 0:
             line = bytes(self._up[:end])
             del self._up[: end + 1]
@@ -154,9 +155,10 @@ class Confined:
             elif not self.level and not self.refusal:
                 self._begin(*message)
             else:
-                yield message
+                found.append(message)
         if len(self._up) > self._limits.output_bytes + _LINE_EXTRA:
             self.kill("output")
+        return found
 
     def _begin(self, kind: str, said: str) -> None:
         """Take the first message, which comes from our own code before the program is sent."""
@@ -295,19 +297,6 @@ class Confined:
         return None
 
 
-def _taken(stream: IO[bytes] | None) -> int:
-    """Return a handle of our own to a pipe, and close the stream; -1 without one."""
-    if stream is None:
-        return -1
-    with stream:
-        return os.dup(stream.fileno())
-
-
-def _framed(message: Any) -> bytes:
-    content = marshal.dumps(message)
-    return len(content).to_bytes(4, "little") + content
-
-
 def _message(line: bytes) -> list[Any] | None:
     """Return a line's message; None if no process of ours writes such: no list that begins with a word, an object, or nested too deeply."""
     try:
@@ -325,6 +314,19 @@ def _refuse_object(_: object) -> None:
 
 
 _JSON = json.JSONDecoder(object_hook=_refuse_object)
+
+
+def _taken(stream: IO[bytes] | None) -> int:
+    """Return a handle of our own to a pipe, and close the stream; -1 without one."""
+    if stream is None:
+        return -1
+    with stream:
+        return os.dup(stream.fileno())
+
+
+def _framed(message: Any) -> bytes:
+    content = marshal.dumps(message)
+    return len(content).to_bytes(4, "little") + content
 
 
 def _folder_bytes(folder: str) -> int:
@@ -355,6 +357,8 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
         for place, process in enumerate(processes):
             for message in process.lines():
                 enough = enough or on_message(processes, place, message)
+                if process.end:  # what follows is not believed
+                    break
             process.check()
         enough = enough or ended
 
