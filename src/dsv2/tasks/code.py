@@ -1,7 +1,9 @@
 """Code as an answer: take the program out of a chat answer, run it against tests, score it. Serves reward and evaluation alike."""
 
+import os
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,7 @@ __all__ = ["Asserts", "Check", "Stdio", "Tests", "extract_code", "grade", "grade
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("python", "python3", "py", "")
-_DEFAULT = Limits()
+_DEFAULT = Limits(scratch_bytes=0)  # what is asked of them needs no files
 
 
 def extract_code(answer: str) -> str | None:
@@ -31,7 +33,9 @@ def extract_code(answer: str) -> str | None:
     if "```" in answer or not answer.strip():
         return None
     try:
-        compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\d" in what a model wrote
+            compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return answer
@@ -43,7 +47,7 @@ def grade(program: str, tests: Tests, limits: Limits = _DEFAULT, *, level: str =
     Args:
         program: Python source, for HumanEval the prompt and its completion.
         tests: see `cases.read_tests`.
-        limits: what the program may take, for all its tests together; Stdio tests are a run each.
+        limits: what the program may take, for all its tests together; Stdio tests are a run each. Files only where they allow some.
         level: the least confinement, as for `sandbox.run`.
 
     Returns:
@@ -67,10 +71,10 @@ def grade(program: str, tests: Tests, limits: Limits = _DEFAULT, *, level: str =
 
 
 def grade_all(
-    programs: Sequence[str], tests: Sequence[Tests], limits: Limits = _DEFAULT, *, level: str = REQUIRED, workers: int = 2
+    programs: Sequence[str], tests: Sequence[Tests], limits: Limits = _DEFAULT, *, level: str = REQUIRED, workers: int | None = None
 ) -> list[Verdict]:
-    """Grade programs in parallel; the verdicts come in the order of the programs."""
-    with ThreadPoolExecutor(workers) as pool:
+    """Grade programs in parallel, by default as many at a time as this process has processors; the verdicts come in their order."""
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda pair: grade(pair[0], pair[1], limits, level=level), zip(programs, tests, strict=True)))
 
 
@@ -96,15 +100,14 @@ def _lines(output: str) -> list[str]:
 
 
 def _grade_calls(program: str, planned: Calls, limits: Limits, level: str, begun: float) -> Verdict:
-    answers: list[list[Any]] = []
+    results: list[str | None] = []
 
     def on_message(_: list[Confined], __: int, message: list[Any]) -> bool:
-        answers.append(message)
-        return len(answers) == len(planned.calls)
+        results.append(_result_of(message, planned.calls[len(results)].expected))  # at once: what they return is not kept
+        return len(results) == len(planned.calls)
 
     job = ("functions", program, planned.setup, [call.expression for call in planned.calls])
     (process,) = converse([job], on_message, limits=limits, level=level)
-    results = [_result_of(answer, call.expected) for answer, call in zip(answers, planned.calls, strict=False)]
     missing = len(planned.calls) - len(results)
     results += ["the program ended before this test"] * missing
     return _verdict(process, begun, results, as_one=planned.as_one)
@@ -137,19 +140,23 @@ def _grade_examined(program: str, planned: Examination, limits: Limits, level: s
 
     def on_message(processes: list[Confined], place: int, message: list[Any]) -> bool:
         examiner, served = processes
-        match message:
-            case ["call", *call] if place == 0:
+        match ("examiner", "served")[place], *message:
+            case ["examiner", *_] if "asked" in notes:
+                examiner.kill("spoke while it waited for an answer")
+            case ["examiner", "call", *call]:
                 notes["asked"] = ""
                 served.send(tuple(call))
-            case ["pass"] if place == 0:
+            case ["examiner", "pass"]:
                 results.append(None)
-            case ["fail", str(said)] if place == 0:
+            case ["examiner", "fail", str(said)]:
                 results.append(said)
-            case ["broken", str(said)] if place == 0:
+            case ["examiner", "broken", str(said)] if not results:
                 notes["broken"] = said
-            case ["defined"]:
-                pass
-            case ["raised", _, str(said)] if "asked" not in notes:
+            case ["examiner", *_]:
+                examiner.kill("said what no examiner says")
+            case ["served", "defined"] if "defined" not in notes:
+                notes["defined"] = ""
+            case ["served", "raised", _, str(said)] if "asked" not in notes:
                 notes["undefined"] = said
             case _ if notes.pop("asked", None) is not None:
                 examiner.send(tuple(message))
