@@ -17,8 +17,10 @@ from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import PRESETS
 from dsv2.rl.prompts import open_prompts
 from dsv2.rl.reward import Part, Rewards
+from dsv2.rl.rollout import Rollout
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft import open_start
+from reference import grpo as reference
 
 SECTIONS = {
     "run": {"steps": 4, "seq_len": 96, "validate_every": 2, "checkpoint_every": 1, "keep": 9},
@@ -29,6 +31,21 @@ SECTIONS = {
     "update": {"updates": 2, "micro_tokens": 200},
     "reference": {"refresh_every": 2},
 }  # fmt: skip
+
+
+def thirds(rollouts: list[Rollout]) -> list[list[tuple[int, float]]]:
+    """Every third token ends a step, whose score is the share of even tokens in it; the last step ends with the answer."""
+    found = []
+    for rollout in rollouts:
+        ends = sorted({*range(2, len(rollout.tokens), 3), len(rollout.tokens) - 1})
+        begins = [0, *(end + 1 for end in ends[:-1])]
+        found.append(
+            [(end, sum(t % 2 == 0 for t in rollout.tokens[begin : end + 1]) / 3) for begin, end in zip(begins, ends, strict=True)]
+        )  # fmt: skip
+    return found
+
+
+BY_STEPS = Rewards([Part("thirds", thirds, of_steps=True)])
 
 
 @pytest.fixture
@@ -55,9 +72,12 @@ def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
     return weights, timeless, read_metrics(out / grpo.ROLLOUTS)
 
 
-def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(start)
-    train(recipe, tmp_path / "whole")
+@pytest.mark.parametrize(("supervision", "rewards"), [("outcome", None), ("process", BY_STEPS)])
+def test_a_run_stopped_at_any_step_ends_the_same(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervision: str, rewards: Rewards | None
+) -> None:
+    recipe = recipe_of(start, supervision=supervision)
+    train(recipe, tmp_path / "whole", rewards=rewards)
     expected = state(tmp_path / "whole")
     sample = grpo._Run._sample
 
@@ -73,15 +93,16 @@ def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, mo
 
         monkeypatch.setattr(grpo._Run, "_sample", killed)
         with pytest.raises(Killed):
-            train(recipe, tmp_path / "stopped")
+            train(recipe, tmp_path / "stopped", rewards=rewards)
     monkeypatch.setattr(grpo._Run, "_sample", sample)
-    train(recipe, tmp_path / "stopped")
+    train(recipe, tmp_path / "stopped", rewards=rewards)
     weights, metrics, rollouts = state(tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
     assert metrics == expected[1] and rollouts == expected[2] and len(rollouts) == 4 * 12
     line = next(line for line in metrics if line["kind"] == "grpo")
-    assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/length/mean", "completions/mean_length", "kl", "entropy",
+    assert {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy",
             "clip_ratio/region_mean", "sampling/sampling_logp_difference/max", "num_tokens"} <= line.keys()  # fmt: skip
+    assert ("rewards/length/mean" in line, "steps/reward" in line) == (rewards is None, rewards is not None)
     assert max(line["sampling/sampling_logp_difference/max"] for line in metrics if line["kind"] == "grpo") <= 1e-5
     assert sorted(path.name for path in (tmp_path / "whole").glob("reference-*")) == ["reference-0.safetensors", "reference-2.safetensors"]
 
@@ -102,6 +123,51 @@ def test_rewards_shape_the_policy_and_equal_ones_do_not(start: Path, tmp_path: P
     moved = train(flat, tmp_path / "flat", rewards=Rewards([Part("same", lambda rollouts: [1.0] * len(rollouts))]))
     before = load_model(start).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in moved.state_dict().items())
+
+
+def test_under_process_supervision_the_loss_has_the_advantages_of_the_loop(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned, update = [], grpo.update
+
+    def watched(model: Transformer, optimizer: object, pieces: list, advantages: torch.Tensor, *more: object, **options: object) -> object:
+        learned.append(advantages)
+        return update(model, optimizer, pieces, advantages, *more, **options)
+
+    monkeypatch.setattr(grpo, "update", watched)
+    recipe = recipe_of(start, supervision="process", run=SECTIONS["run"] | {"steps": 2}, update={"updates": 1})
+    train(recipe, tmp_path / "run", rewards=BY_STEPS)
+    rollouts = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    assert [advantages.shape for advantages in learned] == [(12, 12)] * 2 and len(rollouts) == 24
+    seen = torch.cat(learned)
+    for group in range(0, 24, 4):
+        rows = rollouts[group : group + 4]
+        rewards, ends = ([[step[name] for step in row["steps"]] for row in rows] for name in ("reward", "end"))
+        expected = reference.step_advantages(rewards, ends, [row["num_tokens"] for row in rows])
+        for row, own, wanted in zip(rows, seen[group : group + 4].tolist(), expected, strict=True):
+            assert own == pytest.approx([*wanted, *[0.0] * (12 - len(wanted))], abs=1e-6)
+            assert [step["advantage"] for step in row["steps"]] == pytest.approx([wanted[step["end"]] for step in row["steps"]], abs=1e-5)
+            assert row["advantage"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+    assert len({*map(tuple, seen.tolist())}) > 12, "they differ"
+
+
+def test_process_supervision_shapes_the_policy(start: Path, tmp_path: Path) -> None:
+    run, pace = SECTIONS["run"] | {"steps": 20, "checkpoint_every": 99}, {"peak": 1e-2, "warmup_steps": 0}
+    recipe = recipe_of(start, run=run, learning_rate=pace, preset="dr_grpo", supervision="process", update={"updates": 1})
+    train(recipe, tmp_path / "even", rewards=BY_STEPS)
+    earned = [line["steps/reward"] for line in read_metrics(tmp_path / "even" / "metrics.jsonl") if line["kind"] == "grpo"]
+    assert sum(earned[-3:]) > sum(earned[:3]) + 0.3
+
+
+def test_a_recipe_scores_steps_with_process_supervision_alone(start: Path, tmp_path: Path) -> None:
+    steps = [{"name": "steps"}, {"name": "answer", "weight": 0.0}]
+    run = SECTIONS["run"] | {"steps": 1}
+    train(recipe_of(start, supervision="process", reward=steps, run=run, objective={"overlong": "penalty", "overlong_buffer": 6}), tmp_path / "a")
+    assert all(row["steps"][-1]["end"] == row["num_tokens"] - 1 for row in read_metrics(tmp_path / "a" / grpo.ROLLOUTS))
+    for sections in ({"supervision": "process"}, {"reward": steps}, {"supervision": "process", "reward": steps, "preset": "v2"}):
+        with pytest.raises(ConfigError, match="supervision = "):
+            train(recipe_of(start, **sections), tmp_path / "b")
+    assert not (tmp_path / "b").exists(), "nothing has begun"
 
 
 def test_groups_with_equal_rewards_are_drawn_anew(start: Path, tmp_path: Path) -> None:

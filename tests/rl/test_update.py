@@ -43,19 +43,36 @@ def test_stale_rollouts_ring_the_alarm_and_nothing_is_learned(llm: LLM, policy: 
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
-def test_a_step_is_the_same_however_the_batch_is_cut(llm: LLM, policy: Transformer) -> None:
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_a_step_is_the_same_however_the_batch_is_cut(llm: LLM, policy: Transformer, of_tokens: bool) -> None:
     rollouts = drawn(llm)
     moved = []
     start = {name: value.clone() for name, value in policy.state_dict().items()}
+    values = torch.randn(9, 20, generator=torch.Generator().manual_seed(0)) if of_tokens else torch.linspace(-1, 1, 9)
     for micro_tokens in (1, 100, 10_000):
         policy.load_state_dict(start)
-        learn(policy, rollouts, pad(rollouts, micro_tokens=micro_tokens, replay=True), alarm=1e-5)
+        learn(policy, rollouts, pad(rollouts, micro_tokens=micro_tokens, replay=True), values, alarm=1e-5)
         moved.append(torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=2e-6)
     torch.testing.assert_close(moved[0], moved[2], rtol=0, atol=2e-6)
     assert (
         moved[0] - torch.cat([value.flatten() for name, value in start.items() if name in dict(policy.named_parameters())])
     ).abs().max() > 1e-4
+
+
+def test_an_advantage_of_a_token_moves_that_token_alone(llm: LLM, policy: Transformer) -> None:
+    """With advantage 1 at one token of one rollout, the step is that of the gradient of this token's log-probability."""
+    rollouts = drawn(llm)
+    row, token = 4, 2
+    values = torch.zeros(9, 20)
+    values[row, token] = 1.0
+    pieces = pad(rollouts, micro_tokens=10_000, replay=True)
+    place = next((piece, piece.rows.tolist().index(row)) for piece in pieces if row in piece.rows)
+    wanted = torch.autograd.grad(log_probs(policy, place[0])[0][place[1], token], policy.lm_head.weight)[0]
+    before = policy.lm_head.weight.detach().clone()
+    learn(policy, rollouts, pieces, values, alarm=1e-5)
+    moved = policy.lm_head.weight.detach() - before
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.9999
 
 
 def test_rollouts_repeat_with_their_seed_whatever_shares_the_batch(llm: LLM) -> None:
@@ -92,9 +109,12 @@ def test_the_calculator_answers_calls_and_nothing_else() -> None:
     assert answer("x =") == "" and answer("<<1/0=") == "?>>" and answer("<<1+=") == "?>>" and answer("<<2**9=") == "?>>"
 
 
-def learn(policy: Transformer, rollouts: list[Rollout], pieces: list, *, alarm: float) -> None:
+def learn(
+    policy: Transformer, rollouts: list[Rollout], pieces: list, values: torch.Tensor | None = None, *, alarm: float
+) -> None:  # fmt: skip
     optimizer = torch.optim.SGD(policy.parameters())
-    values = torch.linspace(-1, 1, len(rollouts))
+    if values is None:
+        values = torch.linspace(-1, 1, len(rollouts))
     update(
         policy, optimizer, pieces, values, replace_kl(Objective()), lr=0.1, clip_norm=1.0, balance=NO_BALANCE, autocast=nullcontext(),
         check=lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=7),

@@ -7,6 +7,7 @@ A step is a function of weights, moments and the number of prompts consumed: rol
 that was killed anywhere goes on from its newest checkpoint and ends with the same weights and rollouts, bit for bit.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -20,18 +21,19 @@ from dsv2.checkpoint.layout import TrainingState, save_checkpoint
 from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError
-from dsv2.files import sole_use
+from dsv2.files import clear_leftovers, sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, bar, console, table
 from dsv2.rl.evaluate import evaluate
 from dsv2.rl.grpo_recipe import GrpoRecipe
-from dsv2.rl.objective import PRESETS, Objective, advantages, overlong_penalty
+from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
 from dsv2.rl.reward import Rewards, Scores, open_rewards
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.step_metrics import rollout_metrics
+from dsv2.rl.supervision import advantages_of, require_supervision, shown_advantage
 from dsv2.rl.tools import tool_named
 from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, update, without_graph
 from dsv2.train.loop import resume_from
@@ -100,7 +102,7 @@ class _Batch:
 
     drawn: list[Rollout]
     scores: Scores
-    advantages: torch.Tensor
+    advantages: torch.Tensor  # [rollouts], or [rollouts, tokens] under process supervision
     kept: list[int]  # rollouts to learn from
     consumed: int
     seconds: float
@@ -117,13 +119,15 @@ class _Run:
         require_determinism(recipe.run.deterministic)
         self.objective = objective_of(recipe)
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        self.rewards = open_rewards(recipe.reward) if rewards is None else rewards
+        self.rewards = open_rewards(recipe.reward, self.tokenizer) if rewards is None else rewards
+        require_supervision(recipe.supervision, self.rewards, self.objective)
         self.model = Transformer(start.config)
         if not checkpoints(out):
             begin_weights(self.model, str(start.folder), recipe.run.seed)
         self.autocast = autocast_dtype(recipe.run.precision)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, products=self.autocast)
         begin_run(recipe, prompts.fingerprint, out, device, begins_from)
+        clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
         self.metrics, self.shown = MetricsLog(out / METRICS, tensorboard=tensorboard), MetricsLog(out / ROLLOUTS)
@@ -188,16 +192,16 @@ class _Run:
             )  # fmt: skip
             consumed += wanted
             scored = self._scored(new)
-            values = torch.tensor([[float("nan") if r is None else r for r in scored.total]], dtype=torch.float64).view(-1, size)
-            found.append(advantages(values, self.objective.advantage).flatten())
-            teaches = (found[-1].view(-1, size) != 0).any(dim=1).tolist()
+            own = advantages_of(self.recipe.supervision, scored, new, self.objective, group_size=size, max_tokens=section.max_tokens)
+            found.append(own)
+            teaches = (own.view(wanted, -1) != 0).any(dim=1).tolist()
             kept += [len(drawn) + i for i in range(len(new)) if teaches[i // size] or not self.objective.drop_equal_groups]
             drawn, scores = drawn + new, scores + scored
             if len(kept) == section.prompts * size:
                 break
         if self.objective.overlong == "mask":
             kept = [i for i in kept if not drawn[i].truncated]
-        return _Batch(drawn, scores, torch.cat(found).float(), kept, consumed, time.perf_counter() - began)
+        return _Batch(drawn, scores, torch.cat(found), kept, consumed, time.perf_counter() - began)
 
     def _scored(self, rollouts: Sequence[Rollout]) -> Scores:
         scores, limit = self.rewards.score(rollouts), self.recipe.rollout.max_tokens
@@ -256,9 +260,10 @@ class _Run:
         learned_from = set(batch.kept)
         for i, rollout in enumerate(batch.drawn):
             rewards = {name: values[i] for name, values in batch.scores.parts.items()}
+            steps = batch.scores.steps[i] if batch.scores.steps else None
             self.shown.write(
                 self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
-                advantage=round(batch.advantages[i].item(), 6), learned=i in learned_from,
+                **shown_advantage(batch.advantages[i], len(rollout.tokens), steps), learned=i in learned_from,
             )  # fmt: skip
 
     def _show(self, batch: _Batch) -> None:
@@ -291,7 +296,8 @@ class _Run:
             ("rewards", ", ".join(f"{part.shown_as} x {part.weight:g}" for part in recipe.reward)),
             (
                 "objective",
-                f"{objective.ratio} ratio, {objective.advantage} advantage, clip {objective.clip_low:g}/{objective.clip_high:g}, {kl}",
+                f"{recipe.supervision} supervision, {objective.ratio} ratio, {objective.advantage} advantage, "
+                f"clip {objective.clip_low:g}/{objective.clip_high:g}, {kl}",
             ),
             ("updates", f"{recipe.update.updates} a batch, learning rate {describe_rate(recipe.learning_rate)}"),
             ("engine", f"{self.llm.engine.cache}; up to {section.max_batch} answers at once"),

@@ -224,16 +224,20 @@ def advantages(rewards: Float[Tensor, "groups size"], kind: Literal["zscore", "m
 
 
 def process_advantages(
-    step_rewards: Float[Tensor, "groups size steps"], step_ends: Int[Tensor, "groups size steps"], lengths: Int[Tensor, "groups size"]
+    step_rewards: Float[Tensor, "groups size steps"],
+    step_ends: Int[Tensor, "groups size steps"],
+    lengths: Int[Tensor, "groups size"],
+    kind: Literal["zscore", "mean", "none"] = "zscore",
 ) -> Float[Tensor, "groups size tokens"]:
     """Return A_{i,t} under process supervision (DSM section 4.1.3): the sum of the normalised rewards of the steps that end at t or later.
 
     Args:
-        step_rewards: of each step, z-scored over all steps of a group; NaN where an output has no such step, or no score for it.
+        step_rewards: of each step, normalised over all steps of a group; NaN where an output has no such step, or no score for it.
         step_ends: index of each step's last token in its output, from 0; whatever where there is no step.
         lengths: tokens of each output; tokens after them get 0.
+        kind: how they are normalised, z-scores in the paper; see ``advantages``.
     """
-    normalised = advantages(step_rewards.flatten(1)).view_as(step_rewards)
+    normalised = advantages(step_rewards.flatten(1), kind).view_as(step_rewards)
     place = torch.arange(int(lengths.max()), device=lengths.device)
     to_come = (step_ends.unsqueeze(-1) >= place) & ~step_rewards.isnan().unsqueeze(-1)
     summed = (normalised.unsqueeze(-1) * to_come).sum(dim=-2)

@@ -7,6 +7,7 @@ drew: nothing is ever encoded again. Seeds are functions of run, step and place,
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dsv2.engine.request import Output, SamplingParams
 from dsv2.errors import DataError
 from dsv2.rl.tools import Tool
 from dsv2.tokenizer.chat import render, stop_ids
+from dsv2.tokenizer.tokenizer import Tokenizer
 
 Example = Mapping[str, Any]  # "messages" (the conversation to answer), and what a reward wants: "answer", "tests", ...
 
@@ -31,6 +33,7 @@ class Rollout:
         logprobs: of each of them when it was drawn, natural logarithm; 0 where a tool wrote it.
         mask: whether the policy wrote it (True) or a tool did.
         text: of ``tokens``, without the end token.
+        text_ends: for each of ``tokens``, how many characters of ``text`` are whole behind it.
         finish_reason: "stop" or "length".
         group: number of the prompt within its step.
         index: number of the answer within its group.
@@ -43,6 +46,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     mask: tuple[bool, ...]
     text: str
+    text_ends: tuple[int, ...]
     finish_reason: str
     group: int
     index: int
@@ -150,10 +154,22 @@ class _Draft:
     def finished(self, llm: LLM) -> Rollout:
         """Return it."""
         written = self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+        text, ends = text_with_ends(llm.tokenizer, written)
         return Rollout(
-            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), llm.tokenizer.decode(written),
+            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), text,
+            ends if len(written) == len(self.tokens) else (*ends, len(text)),
             self.finish_reason or "length", self.group, self.index, self.example, self.experts,
         )  # fmt: skip
+
+
+def text_with_ends(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Decode tokens; return the text, and for each token how many characters of it are whole behind that token.
+
+    A character whose bytes are spread over tokens is whole behind the last of them; one that is cut off at the end is whole behind none.
+    """
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    return "".join([*pieces, stream.finish()]), tuple(accumulate(map(len, pieces)))
 
 
 def _seed(seed: str, group: int, index: int, turn: int) -> int:

@@ -29,6 +29,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
     for name, values in scores.parts.items():
         some = [value for value in values if value is not None]
         line |= {f"rewards/{name}/mean": _mean(some), f"rewards/{name}/std": statistics.pstdev(some) if some else None}
+    if scores.steps:
+        earned = [[reward for _, reward in steps] for steps in scores.steps if steps is not None]
+        line |= {"steps/mean_count": _mean([len(own) for own in earned]), "steps/reward": _mean([r for own in earned for r in own])}
     return line
 
 

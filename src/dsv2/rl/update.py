@@ -180,7 +180,7 @@ def update(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     pieces: Sequence[Padded],
-    advantages: Float[Tensor, " rollouts"],
+    advantages: Float[Tensor, " rollouts"] | Float[Tensor, "rollouts tokens"],
     objective: Objective,
     *,
     lr: float,
@@ -198,7 +198,7 @@ def update(
         model: the policy.
         optimizer: of its parameters.
         pieces: the batch as micro-batches.
-        advantages: of each rollout of the batch.
+        advantages: of each rollout of the batch, or of each of its tokens.
         objective: what is minimised.
         lr: learning rate.
         clip_norm: largest global gradient norm.
@@ -227,9 +227,10 @@ def update(
             correction = importance_weights(
                 piece.behaviour, before, piece.mask, objective.correction, objective.correction_cap, objective.ratio
             )
+        own = advantages[piece.rows]
         part = grpo_loss(
-            objective, logp, before, None if reference is None else reference[number], advantages[piece.rows], piece.mask, correction,
-            denominator=denominator,
+            objective, logp, before, None if reference is None else reference[number],
+            own if own.ndim == 1 else own[:, : piece.mask.shape[1]], piece.mask, correction, denominator=denominator,
         )  # fmt: skip
         (part.loss + extra).backward()
         parts.append(part)
