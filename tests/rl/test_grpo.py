@@ -162,7 +162,8 @@ def test_process_supervision_shapes_the_policy(start: Path, tmp_path: Path) -> N
 def test_a_recipe_scores_steps_with_process_supervision_alone(start: Path, tmp_path: Path) -> None:
     steps = [{"name": "steps"}, {"name": "answer", "weight": 0.0}]
     run = SECTIONS["run"] | {"steps": 1}
-    train(recipe_of(start, supervision="process", reward=steps, run=run, objective={"overlong": "penalty", "overlong_buffer": 6}), tmp_path / "a")
+    penalty = {"overlong": "penalty", "overlong_buffer": 6}
+    train(recipe_of(start, supervision="process", reward=steps, run=run, objective=penalty), tmp_path / "a")
     assert all(row["steps"][-1]["end"] == row["num_tokens"] - 1 for row in read_metrics(tmp_path / "a" / grpo.ROLLOUTS))
     for sections in ({"supervision": "process"}, {"reward": steps}, {"supervision": "process", "reward": steps, "preset": "v2"}):
         with pytest.raises(ConfigError, match="supervision = "):

@@ -196,7 +196,9 @@ def test_steps_that_are_not_paid_are_steps_of_0():
     assert scores.steps == [[(2, 1.0), (5, 1.5)], [(2, 0.0), (5, 0.0)], [(5, 0.0)]]
 
 
-@pytest.mark.parametrize("wrong", [[], [(3, 1.0), (3, 1.0)], [(4, 1.0), (2, 1.0)], [(6, 1.0)], [(-1, 1.0)], [(0, float("nan"))], 1.0, [1.0]])
+@pytest.mark.parametrize(
+    "wrong", [[], [(3, 1.0), (3, 1.0)], [(4, 1.0), (2, 1.0)], [(6, 1.0)], [(-1, 1.0)], [(0, float("nan"))], 1.0, [1.0]]
+)
 def test_steps_that_cannot_be_are_no_score(wrong, capsys):
     scores = Rewards([Part("odd", fixed([(5, 1.0)], wrong, [(0, 1.0)]), of_steps=True)]).score(LONG)
     assert scores.total == [1.0, None, 1.0] and scores.failed == {"odd": 1} and scores.steps[1] is None

@@ -65,7 +65,8 @@ def test_a_step_ends_with_the_token_that_completes_its_separator(tokenizer: Toke
 def test_blanks_are_no_steps_and_one_token_ends_one_step() -> None:
     line = re.compile("\n")
     assert cut(answer("a\n\n \nb\n \n"), line) == [Step(1, "a"), Step(9, "\n \nb")]
-    assert cut(answer("a"), line) == [Step(1, "a")] and cut(answer(" \n"), line) == [Step(2, " \n")] and cut(answer(""), line) == [Step(0, "")]
+    assert cut(answer("a"), line) == [Step(1, "a")]
+    assert cut(answer(" \n"), line) == [Step(2, " \n")] and cut(answer(""), line) == [Step(0, "")]
     wide = SimpleNamespace(tokens=(7, 8, 9), text="a,b,c,d", text_ends=(1, 4, 7))  # the second token completes two separators
     assert cut(wide, STEP_SEPARATOR) == [Step(1, "a,b"), Step(2, "c,d")]
     cut_off = SimpleNamespace(tokens=(7, 8), text="a,\ufffd", text_ends=(2, 2))  # half a character at the end

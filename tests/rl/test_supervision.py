@@ -1,4 +1,4 @@
-"""From scores to advantages: of whole answers, and of tokens as the loop over the steps to come gives them; what does not fit is refused."""
+"""From scores to advantages: of whole answers, and of tokens as a loop over the steps to come gives them; what does not fit is refused."""
 
 from types import SimpleNamespace
 
@@ -63,7 +63,7 @@ def test_rollouts_show_the_advantages_of_their_steps() -> None:
     ("kind", "parts", "objective", "says"),
     [
         ("process", [Part("right", of_steps)], Objective(), "no reward that is paid scores steps; rewards: right"),
-        ("process", [Part("right", of_steps), Part("seen", of_steps, 0.0, of_steps=True)], Objective(), "scores steps; rewards: right, seen"),
+        ("process", [Part("right", of_steps), Part("seen", of_steps, 0.0, of_steps=True)], Objective(), "rewards: right, seen"),
         ("outcome", [Part("right", of_steps), Part("partial", of_steps, of_steps=True)], Objective(), "paid score steps: partial"),
         ("process", [Part("partial", of_steps, of_steps=True)], PRESETS["v2"], 'with ratio = "output": one ratio moves all tokens'),
     ],

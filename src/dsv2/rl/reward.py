@@ -189,9 +189,7 @@ class Rewards:
         earned: list[Steps | None] = []
         if self.step_labels:
             own = [{label: of_part[i] for label, of_part in steps.items()} for i in range(len(rollouts))]
-            earned = [
-                None if total[i] is None else self._steps(each[i], own[i], len(rollout.tokens)) for i, rollout in enumerate(rollouts)
-            ]
+            earned = [None if total[i] is None else self._steps(each[i], own[i], len(rollout.tokens)) for i, rollout in enumerate(rollouts)]
         return Scores(total, found, failed, earned)
 
     def _total(self, values: Mapping[str, float | None]) -> float | None:
@@ -246,10 +244,7 @@ def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None
         "steps": lambda _: worked_steps,
     }  # fmt: skip
     return Rewards(
-        [
-            Part(part.shown_as, makers[part.name](part), part.weight, part.only_with, part.shuffled, part.of_steps)
-            for part in sections
-        ]
+        [Part(part.shown_as, makers[part.name](part), part.weight, part.only_with, part.shuffled, part.of_steps) for part in sections]
     )
 
 

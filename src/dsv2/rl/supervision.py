@@ -1,4 +1,4 @@
-"""Outcome and process supervision (DeepSeekMath 4.1.2, 4.1.3): from what answers earned to the advantage of each, or of each of its tokens."""
+"""Outcome and process supervision (DeepSeekMath 4.1.2, 4.1.3): from what answers earned to their advantages or those of their tokens."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def advantages_of(
 
 
 def shown_advantage(own: Tensor, num_tokens: int, steps: Steps | None) -> dict[str, Any]:
-    """Return what rollouts.jsonl says of a rollout's advantage: the number; or the mean over its tokens, and those of each step's tokens."""
+    """Return what rollouts.jsonl says of a rollout's advantage: one number; or the mean over its tokens, and that of each step."""
     if own.ndim == 0:
         return {"advantage": round(own.item(), 6)}
     found = [{"end": end, "reward": earned, "advantage": round(own[end].item(), 6)} for end, earned in steps or ()]
