@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,10 @@ from dsv2.progress import read_metrics
 from dsv2.rl.reward_model import RewardModel, save_reward_model
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-CHECKPOINT_EVERY, GROUP_SIZE = 2, 4
-RECIPE = """
+KILLS, STEPS, CHECKPOINT_EVERY, GROUP_SIZE = 10, 44, 2, 4
+RECIPE = f"""
 [model]
-start = "{start}"
+start = "{{folder}}/start"
 [task]
 name = "arithmetic"
 held_out = 8
@@ -40,21 +40,21 @@ name = "format"
 pattern = "[^e]*"
 [[reward]]
 name = "model"
-folder = "{reward}"
+folder = "{{folder}}/reward"
 steps = true
 delimiter = " "
 weight = 0.0
 [objective]
 drop_equal_groups = true
 [run]
-steps = {steps}
+steps = {STEPS}
 seq_len = 96
 validate_every = 4
-checkpoint_every = {checkpoint_every}
+checkpoint_every = {CHECKPOINT_EVERY}
 keep = 2
 [rollout]
 prompts = 16
-group_size = {group_size}
+group_size = {GROUP_SIZE}
 max_tokens = 12
 max_batch = 32
 [update]
@@ -140,36 +140,45 @@ class Measured:
     """How long parts of the undisturbed run take, in seconds, and how many bytes of rollouts a step writes."""
 
     start_up: float
+    checkpoint: float
     step: float
     rollouts: float
 
 
-def in_peace(run: Run, steps: int) -> Measured:
+def is_writing(run: Run, what: str, stale: Collection[str] = ()) -> bool:
+    return any(name.startswith(f".{what}-") and name.endswith(".tmp") for name in run.hidden() if name not in stale)
+
+
+def in_peace(run: Run) -> Measured:
     began = time.perf_counter()
     process = run.start()
     wait(process, run.has_begun)
     start_up = time.perf_counter() - began
+    wait(process, lambda: is_writing(run, "step"))
+    writing = time.perf_counter()
+    wait(process, lambda: not is_writing(run, "step"))
+    checkpoint = time.perf_counter() - writing
     assert process.wait(timeout=600) == 0, run.messages.read_text()
-    return Measured(start_up, (time.perf_counter() - began - start_up) / steps, run.size() / steps)
+    return Measured(start_up, checkpoint, (time.perf_counter() - began - start_up) / STEPS, run.size() / STEPS)
 
 
 def wait_for_the_moment(process: subprocess.Popen, run: Run, took: Measured, moments: random.Random, number: int) -> None:
     """Wait for a random moment, by turns aimed at what takes too little time to be hit by chance."""
-    stale, before = run.hidden(), run.newest()
     if number % 5 == 0:  # anywhere in start-up
         wait(process, lambda: False, moments.uniform(0, took.start_up))
         return
-    wait(process, run.has_begun)
-    if number % 5 == 1:  # anywhere in the first steps
+    wait(process, lambda: run.has_begun() and run.newest() >= number * STEPS // (KILLS + 2))
+    stale, before = run.hidden(), run.newest()
+    if number % 5 == 1:  # anywhere in the next steps
         wait(process, lambda: run.newest() >= before + 4, moments.uniform(0, 4 * took.step))
     elif number % 5 == 2:  # while the rollouts of one of the next two steps are written
         wanted = run.size() + moments.uniform(0, 2 * took.rollouts)
         wait(process, lambda: run.size() > wanted)
     elif number % 5 == 3:  # while a checkpoint is written or just after it
-        wait(process, lambda: any(name.startswith(".step-") for name in run.hidden() - stale))
-        wait(process, lambda: False, moments.uniform(0, 0.02))
-    else:
-        wait(process, lambda: any(name.startswith(".reference-") for name in run.hidden() - stale))
+        wait(process, lambda: is_writing(run, "step", stale))
+        wait(process, lambda: False, moments.uniform(0, took.checkpoint))
+    else:  # while a reference is
+        wait(process, lambda: is_writing(run, "reference", stale))
 
 
 def kill_once(run: Run, took: Measured, moments: random.Random, number: int) -> str:
@@ -185,35 +194,30 @@ def kill_once(run: Run, took: Measured, moments: random.Random, number: int) -> 
 
 
 @pytest.fixture
-def recipe(policy: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Callable[[int], Path]:
-    """Writes the recipe of a run of so many steps, with the models that it names."""
+def recipe(policy: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """The recipe's file, with the models that it names beside it."""
     save_checkpoint(tmp_path / "start", policy, tokenizer)
     reward = RewardModel(policy.config)
     initialise(reward, seed=5)
     save_reward_model(tmp_path / "reward", reward, tokenizer)
-
-    def write(steps: int) -> Path:
-        parts = {"start": tmp_path / "start", "reward": tmp_path / "reward", "steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
-        (tmp_path / "recipe.toml").write_text(RECIPE.format(**parts, group_size=GROUP_SIZE))
-        return tmp_path / "recipe.toml"
-
-    return write
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(folder=tmp_path))
+    return file
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(recipe: Callable[[int], Path], tmp_path: Path) -> None:
-    steps, kills, moments = 60, 10, random.Random(6)
-    peace = Run(recipe(steps), tmp_path / "peace", tmp_path / "peace.txt")
-    took = in_peace(peace, steps)
-    run, hit = Run(peace.recipe, tmp_path / "killed", tmp_path / "killed.txt"), Counter[str]()
-    for number in range(kills):
+def test_ten_kills_change_nothing(recipe: Path, tmp_path: Path) -> None:
+    peace = Run(recipe, tmp_path / "peace", tmp_path / "peace.txt")
+    took, moments = in_peace(peace), random.Random(6)
+    run, hit = Run(recipe, tmp_path / "killed", tmp_path / "killed.txt"), Counter[str]()
+    for number in range(KILLS):
         where = kill_once(run, took, moments, number)
         print(f"kill {number + 1}: {where}, newest checkpoint {run.newest()}")
         hit[where] += 1
     run.finish()
-    print(f"undisturbed: start-up {took.start_up:.2f} s, step {took.step * 1e3:.0f} ms; {dict(hit)}")
+    print(f"undisturbed: {took}; {dict(hit)}")
     assert run.result() == peace.result()
     consumed = [line["consumed_prompts"] for line in peace.lines("metrics.jsonl") if line["kind"] == "grpo"]
-    assert len(consumed) == steps and consumed[-1] > 16 * steps, "some groups were drawn anew"
+    assert len(consumed) == STEPS and consumed[-1] > 16 * STEPS, "some groups were drawn anew"
     assert not run.hidden()
     assert {"start-up", "writing a checkpoint", "writing rollouts"} <= hit.keys()
