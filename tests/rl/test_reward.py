@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from dsv2.config import load_recipe
-from dsv2.errors import CheckpointError, ConfigError
+from dsv2.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from dsv2.rl import reward as reward_file
 from dsv2.rl.reward import Part, Rewards, RewardSection, Scores, open_rewards
+from dsv2.rl.reward_needs import require_wanted
 from dsv2.tasks.verdict import Verdict
 
 
@@ -74,8 +75,8 @@ def test_code_passes_fails_is_missing_or_could_not_be_run(monkeypatch):
 
 
 class FakeRewardModel:
-    def __init__(self, folder, tokenizer):
-        assert (folder, tokenizer) == ("rm", "the policy's")
+    def __init__(self, folder, tokenizer, seq_len):
+        assert (folder, tokenizer, seq_len) == ("rm", "the policy's", 9)
 
     def score(self, rows):
         return [float(sum(row)) for row in rows]
@@ -86,21 +87,33 @@ class FakeRewardModel:
 
 def test_a_reward_model_sees_the_tokens_of_whole_answers_or_of_steps(monkeypatch):
     monkeypatch.setitem(sys.modules, "dsv2.rl.reward_model", SimpleNamespace(OffloadedRewardModel=FakeRewardModel))
-    rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")], "the policy's")
+    rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")], "the policy's", 9)
     assert rewards.score(NUMBERED).total == [3.0, 4.0, 5.0, 6.0] and not rewards.step_labels
     said = rollout("a;b")
     said.text_ends = (1, 2, 3)
-    scores = open_rewards([RewardSection(name="model", folder="rm", steps=True, delimiter=";")], "the policy's").score([said])
+    scores = open_rewards([RewardSection(name="model", folder="rm", steps=True, delimiter=";")], "the policy's", 9).score([said])
     assert scores.steps == [[(1, float(ord(";"))), (2, float(ord("b")))]]
     assert scores.total == scores.parts["model"] == [(ord(";") + ord("b")) / 2]
 
 
-def test_a_reward_model_that_is_gone_is_an_error_and_not_a_missing_score():
+@pytest.mark.parametrize("error", [CheckpointError("no such folder"), ConfigError("no such level"), MissingExtra("sympy", "eval", "it")])
+def test_what_is_wrong_with_a_reward_itself_is_an_error_and_not_a_missing_score(error):
     def gone(rollouts):
-        raise CheckpointError("no such folder")
+        raise error
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(type(error)):
         Rewards([Part("model", gone)]).score(NUMBERED)
+
+
+def test_prompts_have_what_paid_rewards_judge_by():
+    whole = {"messages": [], "answer": 0, "test_list": ["assert f(1) == 2"]}
+    without_answer, without_tests = [{k: v for k, v in whole.items() if k != name} for name in ("answer", "test_list")]
+    for name, lacking, problem in (("answer", without_answer, 'no "answer"'), ("steps", without_answer, 'no "answer"'),
+                                   ("code", without_tests, "no tests of a known form")):  # fmt: skip
+        require_wanted([RewardSection(name=name), RewardSection(name="length", most_tokens=9)], [whole] * 2)
+        require_wanted([RewardSection(name=name, weight=0.0)], [lacking])
+        with pytest.raises(DataError, match=f"the reward 'mine' cannot judge 1 of 3 prompts: .*{problem}"):
+            require_wanted([RewardSection(name=name, label="mine")], [whole, lacking, whole])
 
 
 def test_the_sum_is_weighted_and_none_where_a_part_that_counts_is():

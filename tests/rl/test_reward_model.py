@@ -133,6 +133,8 @@ def test_a_reward_model_that_does_not_fit_is_refused_at_once(model, start, tmp_p
     OffloadedRewardModel(tmp_path / "rm", make_tokenizer())
     with pytest.raises(ConfigError, match="has another tokenizer than the policy"):
         OffloadedRewardModel(tmp_path / "rm", train_tokenizer(["other words"], vocab_size=384))
+    with pytest.raises(ConfigError, match=r"reads 64 tokens; prompts and answers may have run.seq_len = 65"):
+        OffloadedRewardModel(tmp_path / "rm", make_tokenizer(), 65)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         OffloadedRewardModel(tmp_path / "none")
     with pytest.raises(CheckpointError):

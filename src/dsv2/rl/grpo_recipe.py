@@ -86,7 +86,7 @@ class GrpoRecipe(StageRecipe):
     model: StartSection = StartSection()
     task: TaskSection = TaskSection()
     preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
-        default=None, description="a paper's objective, in place of [objective]"
+        default=None, description="a paper's objective, but for what [objective] states"
     )
     supervision: Supervision = Field(
         default="outcome", description="what earns: an answer as a whole; or each of its steps, which needs a reward that scores steps"

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dsv2.config import Section
-from dsv2.errors import CheckpointError, ConfigError, did_you_mean
+from dsv2.errors import CheckpointError, ConfigError, MissingExtra, did_you_mean
 from dsv2.progress import say
 from dsv2.rl.steps import Steps, model_steps, worked_steps
 
 if TYPE_CHECKING:
     from dsv2.rl.rollout import Rollout
+    from dsv2.tasks.cases import Tests
     from dsv2.tokenizer.tokenizer import Tokenizer
 
 Reward = Callable[[Sequence["Rollout"]], list[float | None]]
@@ -153,6 +154,7 @@ class Rewards:
     Attributes:
         labels: of the parts.
         step_labels: of those that score steps and are paid.
+        reasons: by label, why a part had no score for a rollout, the first time that it had none.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -167,7 +169,7 @@ class Rewards:
                 raise ConfigError(f"only_with = {part.only_with!r} of the reward {part.label!r} is none of {', '.join(labels)}", hint=hint)
             if part.shuffled and part.of_steps:
                 raise ConfigError(f"the reward {part.label!r} scores steps, which other answers do not have", hint="leave shuffled out")
-        self._parts, self._told = tuple(parts), set[str]()
+        self._parts, self.reasons = tuple(parts), dict[str, str]()
         self.labels = tuple(labels)
         self.step_labels = tuple(part.label for part in parts if part.of_steps and part.weight)
 
@@ -222,26 +224,26 @@ class Rewards:
 
     def _tell(self, label: str, values: Sequence[float | Steps | None], reasons: Sequence[str]) -> None:
         """Say the first time that a reward has no score for a rollout, and why."""
-        if None in values and label not in self._told:
-            self._told.add(label)
-            why = reasons[0] if reasons else "it could not tell"
-            say(f"reward {label!r}: no score for {values.count(None)} of {len(values)} rollouts: {why}")
+        if None in values and label not in self.reasons:
+            self.reasons[label] = reasons[0] if reasons else "it could not tell"
+            say(f"reward {label!r}: no score for {values.count(None)} of {len(values)} rollouts: {self.reasons[label]}")
 
 
-def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None" = None) -> Rewards:
+def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None" = None, seq_len: int = 0) -> Rewards:
     """Make the rewards that a recipe names.
 
     Args:
         sections: of the recipe.
         tokenizer: of the policy; reward models must have the same. None: not compared.
+        seq_len: tokens of the longest prompt with its answer; reward models must be able to read them.
 
     Raises:
-        ConfigError: labels that clash or are missing; a reward model with another tokenizer.
+        ConfigError: labels that clash or are missing; a reward model with another tokenizer, or a shorter context.
         CheckpointError: a reward model is missing or damaged.
     """
     makers: dict[str, Callable[[RewardSection], Reward | StepReward]] = {
-        "answer": _answer, "format": _format, "length": _length, "code": lambda _: code_reward, "model": partial(_model, tokenizer),
-        "steps": lambda _: worked_steps,
+        "answer": _answer, "format": _format, "length": _length, "code": lambda _: code_reward,
+        "model": partial(_model, tokenizer, seq_len), "steps": lambda _: worked_steps,
     }  # fmt: skip
     return Rewards(
         [Part(part.shown_as, makers[part.name](part), part.weight, part.only_with, part.shuffled, part.of_steps) for part in sections]
@@ -253,17 +255,28 @@ def code_reward(rollouts: Sequence["Rollout"]) -> list[float | None]:
 
     The tests are those of the example's "tests", or of the example itself, in a form of ``cases.read_tests``.
     """
-    from dsv2.tasks.cases import read_tests
     from dsv2.tasks.code import extract_code, grade_all
 
     programs = [extract_code(rollout.text) for rollout in rollouts]
     written = [i for i, program in enumerate(programs) if program is not None]
-    tests = [read_tests(_record(rollout.example)) for rollout in rollouts]
+    tests = [tests_of(rollout.example) for rollout in rollouts]
     verdicts = grade_all([programs[i] or "" for i in written], [tests[i] for i in written])
     scores: list[float | None] = [0.0] * len(rollouts)
     for i, verdict in zip(written, verdicts, strict=True):
         scores[i] = verdict.score
     return scores
+
+
+def tests_of(example: Mapping[str, Any]) -> "Tests":
+    """Return the tests of an example: those of its "tests", or its own fields.
+
+    Raises:
+        DataError: it has none, or they are malformed.
+    """
+    from dsv2.tasks.cases import read_tests
+
+    tests = example.get("tests")
+    return read_tests(tests if isinstance(tests, Mapping) else example)
 
 
 def _answer(section: RewardSection) -> Reward:
@@ -293,11 +306,11 @@ def _length(section: RewardSection) -> Reward:
     return lambda rollouts: [float(least <= len(rollout.tokens) <= most) for rollout in rollouts]
 
 
-def _model(tokenizer: "Tokenizer | None", section: RewardSection) -> Reward | StepReward:
+def _model(tokenizer: "Tokenizer | None", seq_len: int, section: RewardSection) -> Reward | StepReward:
     """The reward model's score of prompt and answer, token for token; or of prompt and answer up to the end of each step."""
     from dsv2.rl.reward_model import OffloadedRewardModel
 
-    model = OffloadedRewardModel(section.folder, tokenizer)
+    model = OffloadedRewardModel(section.folder, tokenizer, seq_len)
     if section.steps:
         return partial(model_steps, model, section.delimiter)
 
@@ -307,18 +320,13 @@ def _model(tokenizer: "Tokenizer | None", section: RewardSection) -> Reward | St
     return score
 
 
-def _record(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    tests = example.get("tests")
-    return tests if isinstance(tests, Mapping) else example
-
-
 def _ask(part: Part, rollouts: Sequence["Rollout"]) -> tuple[list[Any], list[str]]:
     """Return a reward's values, numbers or steps, and why it failed where it did."""
     try:
         values = part.reward(rollouts)
         if len(values) != len(rollouts):
             raise ValueError(f"{len(values)} values for {len(rollouts)} rollouts")
-    except CheckpointError:  # a reward model that is gone is no matter of these rollouts: without it, nothing would be learned
+    except (CheckpointError, ConfigError, MissingExtra):  # no matter of these rollouts: without it, nothing would be learned
         raise
     except Exception as error:
         if len(rollouts) == 1:

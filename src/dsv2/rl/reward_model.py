@@ -110,15 +110,21 @@ class OffloadedRewardModel:
         path: its folder, a run or a step of one; which step is settled here. It is read once here, its hashes compared, so that one that is
             missing or damaged ends the start of a run and not a step of it.
         tokenizer: of the policy whose answers it scores; None: not compared.
+        seq_len: tokens that it must be able to read, prompt and answer.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is a language model.
-        ConfigError: its tokenizer is another one.
+        ConfigError: its tokenizer is another one, or its context is shorter.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, path: str | Path, tokenizer: Tokenizer | None = None, seq_len: int = 0) -> None:
         self._folder = latest_checkpoint(path)
-        RewardModel.load(self._folder)
+        context = RewardModel.load(self._folder).config.max_position_embeddings
+        if context < seq_len:
+            raise ConfigError(
+                f"the reward model {self._folder} reads {context} tokens; prompts and answers may have run.seq_len = {seq_len}",
+                hint=f"set run.seq_len={context} or less, or train a reward model from a model of longer context",
+            )
         has_own = (self._folder / "tokenizer.json").is_file()
         if tokenizer is not None and has_own and Tokenizer.load(self._folder).fingerprint != tokenizer.fingerprint:
             raise ConfigError(

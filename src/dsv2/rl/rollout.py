@@ -7,14 +7,14 @@ drew: nothing is ever encoded again. Seeds are functions of run, step and place,
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
 
 from dsv2.engine.llm import LLM
-from dsv2.engine.request import Output, SamplingParams
+from dsv2.engine.request import MAX_SAMPLES, Output, SamplingParams
 from dsv2.errors import DataError
 from dsv2.rl.tools import Tool
 from dsv2.tokenizer.chat import render, stop_ids
@@ -59,10 +59,11 @@ class Rollout:
         return self.finish_reason != "stop"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what rollouts.jsonl holds of it."""
+        """Return what rollouts.jsonl holds of it; what rewards know of the prompt, tests perhaps, stands with a group's first answer."""
+        known = {} if self.index else {"example": {name: value for name, value in self.example.items() if name != "messages"}}
         return {
             "group": self.group, "index": self.index, "prompt": self.example["messages"], "text": self.text, "num_tokens": len(self.tokens),
-            "finish_reason": self.finish_reason, "example": {name: value for name, value in self.example.items() if name != "messages"},
+            "finish_reason": self.finish_reason, **known,
         }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def draw(
         DataError: a prompt is malformed, or leaves no room for an answer.
     """
     ends = stop_ids(llm.tokenizer)
-    unfinished = []
+    asked: list[list[_Draft]] = []
     for group, example in enumerate(examples, first_group):
         tokens = tuple(render(llm.tokenizer, example["messages"], add_generation_prompt=True).tokens)
         if len(tokens) + max_tokens > llm.engine.max_len:
@@ -102,23 +103,25 @@ def draw(
                 f"beyond run.seq_len = {llm.engine.max_len}",
                 hint="raise run.seq_len, lower rollout.max_tokens, or leave long prompts out",
             )
-        unfinished += [_Draft(tokens, example, group, index) for index in range(group_size)]
-    drafts = list(unfinished)
+        drafts = [_Draft(tokens, example, group, index) for index in range(group_size)]
+        # answers of one request: what they have in common is read, and its experts recorded, once
+        asked += [drafts[first : first + MAX_SAMPLES] for first in range(0, group_size, MAX_SAMPLES)]
+    drawn = list(chain.from_iterable(asked))
     turn = 0
-    while unfinished:
+    while asked:
         params = [
             SamplingParams(
-                max_tokens=max_tokens - len(draft.tokens), seed=_seed(seed, draft.group, draft.index, turn), logprobs=0,
-                stop_token_ids=ends, stop=() if tool is None else tool.stops, include_stop=tool is not None,
+                n=len(drafts), max_tokens=max_tokens - len(drafts[0].tokens), seed=_seed(seed, drafts[0].group, drafts[0].index, turn),
+                logprobs=0, stop_token_ids=ends, stop=() if tool is None else tool.stops, include_stop=tool is not None,
             )
-            for draft in unfinished
+            for drafts in asked
         ]  # fmt: skip
-        prompts = [(*draft.prompt, *draft.tokens) for draft in unfinished]
-        for draft, output in zip(unfinished, llm.generate(prompts, params, record_experts=record_experts), strict=True):
+        outputs = llm.generate([(*drafts[0].prompt, *drafts[0].tokens) for drafts in asked], params, record_experts=record_experts)
+        for draft, output in zip(chain.from_iterable(asked), outputs, strict=True):
             draft.add(output, ends, max_tokens, tool, llm)
-        unfinished = [draft for draft in unfinished if draft.finish_reason is None]
+        asked = [[draft] for draft in chain.from_iterable(asked) if draft.finish_reason is None]  # after a tool, each has its own prompt
         turn += 1
-    return [draft.finished(llm) for draft in drafts]
+    return [draft.finished(llm) for draft in drawn]
 
 
 class _Draft:
@@ -138,7 +141,10 @@ class _Draft:
         self.tokens += output.tokens
         self.logprobs += [entry.logprob for entry in output.logprobs]
         self.mask += [True] * len(output.tokens)
-        self.experts = output.experts
+        if self.experts is None or output.experts is None:
+            self.experts = output.experts
+        else:  # what was read before a tool's turn is read again behind it; its tokens were drawn through the experts of the first time
+            self.experts = np.concatenate([self.experts, output.experts[len(self.experts) :]])
         if output.finish_reason != "stop" or tool is None or self.tokens[-1] in ends:
             self.finish_reason = output.finish_reason or "length"
             return
