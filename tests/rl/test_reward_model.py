@@ -2,24 +2,29 @@
 
 import json
 import math
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from preference_runs import make_pairs, make_start, make_tokenizer, reward_recipe, with_threads
+from preference_runs import SHAPE, make_pairs, make_start, make_tokenizer, reward_recipe, with_threads
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.cli import main
 from dsv2.data.loader import sequential_batches
-from dsv2.errors import CheckpointError, DataError, RequestError
+from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
+from dsv2.model.init import initialise
+from dsv2.presets import preset
 from dsv2.progress import read_metrics
 from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection
 from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_losses import bradley_terry, logistic
-from dsv2.rl.reward_model import RewardModel, save_reward_model
+from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
 from dsv2.rl.reward_training import RewardObjective, form_of, train_reward_model
+from dsv2.tokenizer.train import train_tokenizer
 from train.training_runs import require_equal, stopping_after
 
 
@@ -79,6 +84,61 @@ def test_a_score_is_the_same_alone_and_among_others(model):
     assert len({round(score, 3) for score in alone}) == len(alone)
     with pytest.raises(RequestError, match="answer 1 has 65 tokens"):
         model.score([[1], [1] * 65])
+
+
+def test_the_reward_of_a_step_is_that_of_the_answer_up_to_its_end(model):
+    rng = np.random.default_rng(1)
+    answers = [rng.integers(0, 300, size=n).tolist() for n in (5, 60, 1, 33)]
+    ends = [[0, 2, 4], [10, 59], [0], [31]]
+    alone = [model.score([ids[: end + 1] for end in own]) for ids, own in zip(answers, ends, strict=True)]
+    for tokens_at_once in (1, 10_000):
+        found = model.score_steps(answers, ends, tokens_at_once=tokens_at_once)
+        for own, expected in zip(found, alone, strict=True):
+            assert own == pytest.approx(expected, abs=1e-5)
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what lies in memory")
+def test_an_idle_reward_model_takes_no_memory(tmp_path, monkeypatch):
+    model = RewardModel(preset("tour", vocab_size=2**17, **SHAPE | {"hidden_size": 128}))
+    initialise(model, 0)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    expected = model.score([[1, 2, 3]])
+    del model
+    seen, scored = [], RewardModel.score_steps
+
+    def watched(model, *arguments, **options):
+        seen.append(resident())
+        return scored(model, *arguments, **options)
+
+    monkeypatch.setattr(RewardModel, "score_steps", watched)
+    before = resident()
+    offloaded = OffloadedRewardModel(tmp_path / "rm")
+    idle = resident()
+    for _ in range(2):
+        assert offloaded.score([[1, 2, 3]]) == expected
+    (first, second), after = seen, resident()
+    print(f"weights {weights / 1e6:.1f} MB; idle {(idle - before) / 1e6:+.1f}, scoring {(first - before) / 1e6:+.1f}, {after - before:+,}")
+    assert min(first, second) - before > 0.9 * weights, "then it is there"
+    assert max(idle, after) - before < 0.1 * weights
+
+
+def test_a_reward_model_that_does_not_fit_is_refused_at_once(model, start, tmp_path):
+    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    OffloadedRewardModel(tmp_path / "rm", make_tokenizer())
+    with pytest.raises(ConfigError, match="has another tokenizer than the policy"):
+        OffloadedRewardModel(tmp_path / "rm", train_tokenizer(["other words"], vocab_size=384))
+    with pytest.raises(ConfigError, match=r"reads 64 tokens; prompts and answers may have run.seq_len = 65"):
+        OffloadedRewardModel(tmp_path / "rm", make_tokenizer(), 65)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        OffloadedRewardModel(tmp_path / "none")
+    with pytest.raises(CheckpointError):
+        OffloadedRewardModel(start)
 
 
 def test_a_packed_batch_has_the_loss_of_its_pairs_alone(start, pairs, model):

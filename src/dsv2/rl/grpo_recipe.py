@@ -7,6 +7,7 @@ from pydantic import Field
 from dsv2.config import Section
 from dsv2.rl.objective import Objective
 from dsv2.rl.reward import RewardSection
+from dsv2.rl.supervision import Supervision
 from dsv2.train.loop import PaceSection
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
@@ -85,7 +86,10 @@ class GrpoRecipe(StageRecipe):
     model: StartSection = StartSection()
     task: TaskSection = TaskSection()
     preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
-        default=None, description="a paper's objective, in place of [objective]"
+        default=None, description="a paper's objective, but for what [objective] states"
+    )
+    supervision: Supervision = Field(
+        default="outcome", description="what earns: an answer as a whole; or each of its steps, which needs a reward that scores steps"
     )
     objective: Objective = Objective()
     rollout: RolloutSection = RolloutSection()
