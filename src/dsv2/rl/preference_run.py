@@ -146,7 +146,7 @@ def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, pla
     """Print what was read and what the run is about to do; ``done`` steps of it are behind it."""
     for name, report in data.reports.items():
         for line in report.lines():
-            console().print(f"{name}: {line}".replace("of them conversations", "of them preferences"), markup=False, soft_wrap=True)
+            console().print(f"{name}: {line}", markup=False, soft_wrap=True)
     steps, config, answers = plan.steps(), start.opened.config, data.rows.answers
     held = ", ".join(f"{domain} {len(rows.answers.groups):,}" for domain, rows in data.held_out.items()) or "none"
     table(
