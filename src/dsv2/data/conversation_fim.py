@@ -74,8 +74,8 @@ def add_fim(
     counts = FimCounts(len(samples) - before, long.refused.total())
     if counts.used < wanted:
         raise ConfigError(
-            f"data.fim_share = {share:g} of {before + wanted:,} samples takes {wanted:,} documents that fit into a row; {counts.used:,} do, "
-            f"{counts.too_long:,} are longer than {seq_len} tokens",
+            f"data.fim_share = {share:g} of {before + wanted:,} samples takes {wanted:,} documents that fit into a row; "
+            f"{counts.used:,} do, {counts.too_long:,} are longer than {seq_len} tokens",
             hint="give files of code with --fim-documents, or lower data.fim_share",
         )
     return counts

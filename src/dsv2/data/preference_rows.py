@@ -70,7 +70,8 @@ class JudgedAnswers:
             if any(len(learn) > longest and 2 * (len(learn) - int(learn.argmax())) > longest for _, learn in rendered):
                 return f"an answer is longer than {longest // 2} tokens"
             # All answers lose the same part of their prompt: two that are compared answer one question.
-            rendered = [(_without_beginning(tokens, beyond), _without_beginning(learn, beyond)) for tokens, learn in rendered]
+            kept = [np.delete(np.arange(len(tokens)), slice(1, 1 + beyond)) for tokens, _ in rendered]  # BOS stays
+            rendered = [(tokens[places], learn[places]) for (tokens, learn), places in zip(rendered, kept, strict=True)]
             self.cut += len(rendered)
         self.groups.append((len(self.tokens), len(rendered)))
         for tokens, learn in rendered:
@@ -94,11 +95,6 @@ class JudgedAnswers:
     def targets(self) -> Float64[np.ndarray, "answers"]:
         """The scores by answer number."""
         return np.array(self.scores)
-
-
-def _without_beginning(part: P, number: int) -> P:
-    """Return what belongs to the tokens of a conversation without so many of its first; BOS stays."""
-    return np.concatenate((part[:1], part[1 + number :]))
 
 
 def render_answer(

@@ -16,7 +16,7 @@ from dsv2.engine.llm import LLM
 from dsv2.engine.request import Output, SamplingParams
 from dsv2.errors import DataError
 from dsv2.rl.tools import Tool
-from dsv2.tokenizer.chat import render, stop_ids
+from dsv2.tokenizer.chat import content_of, render, stop_ids
 
 Example = Mapping[str, Any]  # "messages" (the conversation to answer), and what a reward wants: "answer", "tests", ...
 
@@ -30,7 +30,7 @@ class Rollout:
         tokens: what followed, the end token included.
         logprobs: of each of them when it was drawn, natural logarithm; 0 where a tool wrote it.
         mask: whether the policy wrote it (True) or a tool did.
-        text: of ``tokens``, without the end token.
+        text: of ``tokens``, without the end token: the answer's content, as a conversation holds it.
         finish_reason: "stop" or "length".
         group: number of the prompt within its step.
         index: number of the answer within its group.
@@ -151,7 +151,8 @@ class _Draft:
         """Return it."""
         written = self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
         return Rollout(
-            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), llm.tokenizer.decode(written),
+            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask),
+            content_of(llm.tokenizer.template, llm.tokenizer.decode(written)),
             self.finish_reason or "length", self.group, self.index, self.example, self.experts,
         )  # fmt: skip
 
