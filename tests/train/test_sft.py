@@ -130,7 +130,7 @@ def test_documents_that_are_too_long_are_no_refused_conversations(start, chats, 
     for name, text in (("long", "def f(x): return x\n" * 200), ("short", "a = 1\n")):
         for number in range(30):
             (tmp_path / f"{name}-{number}.txt").write_text(f"{number}\n{text}")
-    recipe = sft_recipe(start, data={"fim_share": 0.2})
+    recipe = sft_recipe(start, data={"fim_share": 0.2, "too_long": "cut"})
     data = open_conversations(recipe, open_start(recipe.model, 48).tokenizer, [chats], fim_documents=[tmp_path])
     assert data.fim.used == round(0.2 * len(data.rows.samples)) and data.fim.too_long > 4  # 5 % of the conversations
     assert not data.reports["training"].refused
@@ -171,14 +171,8 @@ def test_other_conversations_or_another_start_are_refused_on_resuming(corpus, st
 
 
 def test_the_command_takes_a_model_or_a_recipe(start, chats, tmp_path, capsys):
-    small = [
-        "data.template=v2",
-        "batch.sequences=4",
-        "batch.micro_sequences=2",
-        "run.epochs=0.5",
-        "samples.prompts=[]",
-        "run.precision=fp32",
-    ]
+    small = ["batch.sequences=4", "batch.micro_sequences=2", "run.epochs=0.5", "samples.prompts=[]", "run.precision=fp32"]
+    small += ["data.template=v2", "data.too_long=cut"]
     given = ["--data", str(chats), "--out", str(tmp_path / "run")]
     assert main(["sft", str(start), *small, *given]) == 0
     assert "conversations: 80 as messages" in capsys.readouterr().err
