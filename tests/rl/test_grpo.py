@@ -1,13 +1,17 @@
 """GRPO as a run: killed between any two steps it ends with the same weights and the same rollouts; what it writes; what it refuses."""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import save_checkpoint
+from dsv2.cli import main
 from dsv2.config import load_recipe
 from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError, DataError
@@ -19,10 +23,11 @@ from dsv2.rl import rollout as rollout_file
 from dsv2.rl.evaluate import evaluate, pass_at
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import PRESETS
-from dsv2.rl.prompts import open_prompts
+from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reward import Part, Rewards
 from dsv2.rl.reward_model import RewardModel, save_reward_model
-from dsv2.rl.rollout import Rollout
+from dsv2.rl.rollout import Rollout, _Draft
+from dsv2.tokenizer.chat import render
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft import open_start
 from reference import grpo as reference
@@ -65,7 +70,7 @@ def recipe_of(start: Path, **sections: object) -> GrpoRecipe:
 
 def train(recipe: GrpoRecipe, out: Path, **more: object) -> Transformer:
     opened = open_start(recipe.model, recipe.run.seq_len)
-    return grpo.train(recipe, opened, open_prompts(recipe.task, [], recipe.run.seed), out, **more)
+    return grpo.train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out, **more)
 
 
 def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
@@ -267,6 +272,26 @@ def test_a_run_goes_on_with_the_reward_model_that_it_began_with(
         train(recipe, tmp_path / "run")
 
 
+def test_a_run_that_has_not_learned_yet_goes_on(start: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(start, objective={"drop_equal_groups": True}, run=SECTIONS["run"] | {"steps": 2})
+    same = Rewards([Part("same", lambda rollouts: [1.0] * len(rollouts))])
+    train(recipe, tmp_path / "run", rewards=same)
+    shutil.rmtree(tmp_path / "run" / "step-2")
+    train(recipe, tmp_path / "run", rewards=same)  # from a checkpoint before the first optimiser step
+    before = load_model(start).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in load_model(tmp_path / "run" / "step-2").state_dict().items())
+
+
+def test_a_model_alone_is_enough(start: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": n}) + "\n" for n in range(4)))
+    few = ["run.steps=1", "rollout.prompts=2", "rollout.group_size=2", "task.held_out=1", "task.samples=1"]
+    command = ["grpo", str(start), *few, "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), GrpoRecipe, folder="grpo")
+    assert (resolved.run.seq_len, resolved.rollout.max_tokens) == (128, 64)  # the model's context and half of it
+    assert main([*command, "--resume"]) == 0
+
+
 def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
     for name, objective in PRESETS.items():
         found = grpo.objective_of(recipe_of(start, preset=name))
@@ -287,19 +312,52 @@ def test_what_is_stated_goes_before_the_preset(start: Path) -> None:
         grpo.objective_of(recipe_of(start, objective={"overlong": "penalty", "overlong_buffer": 13}))
 
 
-def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path) -> None:
+def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path, tokenizer: Tokenizer) -> None:
+    def opened(rows: list[dict], **task: object) -> Prompts:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return open_prompts(recipe_of(start, task=task), tokenizer, [tmp_path / "a.jsonl"])
+
     rows = [{"prompt": f"What is {n}?", "answer": n} for n in range(10)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    task = recipe_of(start, task={"held_out": 3}).task
-    prompts = open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    prompts = opened(rows, held_out=3)
     taken = [example["answer"] for example in prompts.take(0, 7)]
     assert len(set(taken)) == 7 and not set(taken) & {example["answer"] for example in prompts.held_out}
     assert [example["answer"] for example in prompts.take(7, 7)] != taken
-    (tmp_path / "a.jsonl").write_text('{"question": "?"}')
-    with pytest.raises(DataError, match=r'a.jsonl:1: a row needs "messages" or "prompt"; here are question'):
-        open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    answered = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]
+    useless = [
+        {"question": "?"}, {"messages": answered}, {"messages": [{"role": "user", "content": 5}]}, {"prompt": "12 + 34 " * 60},
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="4 of 14 prompt rows are refused, more than task.max_refused = 0.05") as error:
+        opened(rows + useless, held_out=3)
+    for reason in (
+        r'a row needs "messages" or "prompt"; here are question \(first: .*a.jsonl:11\)', r"nothing to answer \(first: .*:12\)",
+        r"content is of type int, not text \(first: .*:13\)", r"longer than 84 tokens, which run.seq_len = 96 leaves .*:14\)",
+    ):  # fmt: skip
+        assert re.search(reason, str(error.value)), reason
+    kept = opened(rows + useless, held_out=3, max_refused=1)
+    assert (kept.fingerprint, len(kept.report)) == (prompts.fingerprint, 5)
+    with pytest.raises(DataError, match=r"a.jsonl:14 takes \d+ tokens; with rollout.max_tokens = 12 that is beyond run.seq_len = 96"):
+        opened(rows + useless, max_refused=1, too_long="error")
     with pytest.raises(ConfigError, match="files or from a task"):
-        open_prompts(task, [], seed=1)
+        open_prompts(recipe_of(start, task={}), tokenizer, [])
+
+
+def test_a_question_that_is_there_twice_is_on_one_side(tmp_path: Path, start: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": f"What is {n}?", "source": source} for source in "abc" for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for held_out in range(1, 12):
+        prompts = open_prompts(recipe_of(start, task={"held_out": held_out}), tokenizer, [tmp_path / "a.jsonl"])
+        asked = [{example["messages"][0]["content"] for example in side} for side in (prompts.held_out, prompts.take(0, len(prompts)))]
+        assert not asked[0] & asked[1]
+        assert held_out <= len(prompts.held_out) <= held_out + 2
+
+
+def test_an_answer_is_the_content_that_the_template_holds(tokenizer: Tokenizer) -> None:
+    v2 = tokenizer.with_template("v2")
+    messages = [{"role": "user", "content": "What is 12 + 34?"}, {"role": "assistant", "content": "The answer is 46."}]
+    prompt, whole = render(v2, messages[:1], add_generation_prompt=True).tokens, render(v2, messages).tokens
+    draft = _Draft(tuple(prompt), {"messages": messages[:1]}, 0, 0)
+    draft.tokens, draft.finish_reason = whole[len(prompt) :], "stop"
+    assert draft.finished(SimpleNamespace(tokenizer=v2)).text == "The answer is 46."
 
 
 def test_an_answer_without_a_score_leaves_the_others_their_pass_at_k(llm: LLM) -> None:

@@ -12,6 +12,7 @@ from preference_runs import SHAPE, make_pairs, make_start, make_tokenizer, rewar
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.cli import main
+from dsv2.config import load_recipe
 from dsv2.data.loader import sequential_batches
 from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
 from dsv2.model.init import initialise
@@ -19,11 +20,11 @@ from dsv2.presets import preset
 from dsv2.progress import read_metrics
 from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
-from dsv2.rl.preference_recipe import RewardLossSection
+from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
 from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_losses import bradley_terry, logistic
 from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
-from dsv2.rl.reward_training import RewardObjective, form_of, train_reward_model
+from dsv2.rl.reward_training import RewardObjective, form_of, held_out_figures, train_reward_model
 from dsv2.tokenizer.train import train_tokenizer
 from train.training_runs import require_equal, stopping_after
 
@@ -153,6 +154,17 @@ def test_a_packed_batch_has_the_loss_of_its_pairs_alone(start, pairs, model):
     assert len(rows) < len(scores) // 2, "several pairs in a row"
 
 
+def test_held_out_loss_of_soft_labels_is_the_cross_entropy(start, model, tmp_path):
+    labels = [0.1 * n for n in range(11)]
+    rows = ({"prompt": f"{n} river", "completion": "stone", "score": label} for n, label in enumerate(labels))
+    (tmp_path / "soft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = reward_recipe(start, loss={"kind": "logistic"}, data={"validation_share": 0})
+    packed = open_preferences(recipe, make_tokenizer(), [tmp_path / "soft.jsonl"], form=form_of(recipe.loss)).rows
+    rewards = torch.tensor(model.score([tokens.tolist() for tokens in packed.answers.tokens]), dtype=torch.float64)
+    expected = logistic(rewards, torch.tensor(packed.answers.scores, dtype=torch.float64)).mean().item()
+    assert held_out_figures(model, packed, recipe.loss, 2, None)["loss"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_transformers_reads_the_folder_and_gives_the_same_scores(model, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_reward_model(tmp_path / "rm", model, make_tokenizer())
@@ -191,16 +203,18 @@ def test_stopped_and_resumed_is_undisturbed(start, pairs, tmp_path, monkeypatch)
 
 
 def test_the_command_trains_and_the_run_goes_on_from_a_reward_model(start, pairs, tmp_path, capsys):
-    small = ["run.seq_len=96", "batch.sequences=4", "batch.micro_sequences=2", "run.precision=fp32"]
+    small = ["batch.sequences=4", "batch.micro_sequences=2", "run.precision=fp32"]
     assert main(["reward", str(start), *small, "--data", str(pairs), "--out", str(tmp_path / "run")]) == 0
-    assert "150 as pair" in capsys.readouterr().err
+    assert "150 of them preferences: 150 as pair" in capsys.readouterr().err
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), RewardRecipe, folder="reward")
+    assert resolved.run.seq_len == 128, "the contexts of two answers"
     again = ["reward", str(tmp_path / "run"), *small, "--data", str(pairs), "--out", str(tmp_path / "more")]
     assert main(again) == 0
     assert main(again) == 2
     assert "--resume" in capsys.readouterr().err
     scored = tmp_path / "scored.jsonl"
     scored.write_text(json.dumps({"prompt": "a", "completion": "b", "score": 3}) + "\n")
-    with pytest.raises(DataError, match="takes 0 to 1"):
+    with pytest.raises(DataError, match="beyond 0 to 1"):
         open_preferences(reward_recipe(start), make_tokenizer(), [scored], form=form_of(RewardLossSection(kind="logistic")))
 
 

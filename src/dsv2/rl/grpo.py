@@ -23,9 +23,9 @@ from dsv2.errors import DataError
 from dsv2.files import clear_leftovers, sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, bar, console, table
+from dsv2.progress import MetricsLog, bar, console, say, table
 from dsv2.rl.evaluate import evaluate
-from dsv2.rl.grpo_recipe import GrpoRecipe
+from dsv2.rl.grpo_recipe import GrpoRecipe, fitted
 from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
@@ -72,7 +72,11 @@ def run(
     recipe = load_stage_recipe(target, GrpoRecipe, "grpo", overrides)
     require_resume(out, resume)
     start = open_start(recipe.model, recipe.run.seq_len)
-    train(recipe, start, open_prompts(recipe.task, data, recipe.run.seed), out, tensorboard=tensorboard)
+    recipe = fitted(recipe, start.config.max_position_embeddings)
+    prompts = open_prompts(recipe, start.tokenizer, data)
+    for line in prompts.report:
+        say(f"prompts: {line}")
+    train(recipe, start, prompts, out, tensorboard=tensorboard)
 
 
 def train(

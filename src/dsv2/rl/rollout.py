@@ -17,7 +17,7 @@ from dsv2.engine.llm import LLM
 from dsv2.engine.request import MAX_SAMPLES, Output, SamplingParams
 from dsv2.errors import DataError
 from dsv2.rl.tools import Tool
-from dsv2.tokenizer.chat import render, stop_ids
+from dsv2.tokenizer.chat import content_of, render, stop_ids
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 Example = Mapping[str, Any]  # "messages" (the conversation to answer), and what a reward wants: "answer", "tests", ...
@@ -32,7 +32,7 @@ class Rollout:
         tokens: what followed, the end token included.
         logprobs: of each of them when it was drawn, natural logarithm; 0 where a tool wrote it.
         mask: whether the policy wrote it (True) or a tool did.
-        text: of ``tokens``, without the end token.
+        text: of ``tokens``, without the end token: the answer's content, as a conversation holds it.
         text_ends: for each of ``tokens``, how many characters of ``text`` are whole behind it.
         finish_reason: "stop" or "length".
         group: number of the prompt within its step.
@@ -161,9 +161,11 @@ class _Draft:
         """Return it."""
         written = self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
         text, ends = text_with_ends(llm.tokenizer, written)
+        content = content_of(llm.tokenizer.template, text)
+        ends = tuple(max(0, end - len(text) + len(content)) for end in ends)
         return Rollout(
-            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), text,
-            ends if len(written) == len(self.tokens) else (*ends, len(text)),
+            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), content,
+            ends if len(written) == len(self.tokens) else (*ends, len(content)),
             self.finish_reason or "length", self.group, self.index, self.example, self.experts,
         )  # fmt: skip
 

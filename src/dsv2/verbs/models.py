@@ -130,12 +130,14 @@ def quantize(
     return Call("quantize", {"target": target, "out": out, "scheme": bits})
 
 
-@verb("runs/nano --out report.html", "runs/a runs/b --out compare.html")
+@verb("runs/nano --out report.html", "runs/a runs/b --out compare.html", "runs/grpo --out grpo.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of training runs.")],
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="File to write.")],
 ) -> Call:
-    """The file holds everything that it shows: loss, bits per byte by domain, load of the experts, samples."""
+    """The file holds everything that it shows: loss, bits per byte by domain, load of the experts, samples; accuracy and calibration of
+    reward models; rewards, KL and lengths of GRPO runs. A GRPO run also leaves FILE-rollouts.html, to browse its rollouts.
+    """
     return Call("report", {"runs": runs, "out": out})
 
 
