@@ -39,9 +39,7 @@ def test_gold_is_what_its_words_say(asked, text, helpful, safety, rule):
 
 
 def test_no_request_is_in_both_splits_however_it_is_worded():
-    train, test = (
-        {content(row) for row in made_up.requests(number, 0, split)} for number, split in ((2000, "train"), (1000, "test"))
-    )
+    train, test = ({content(row) for row in made_up.requests(number, 0, split)} for number, split in ((2000, "train"), (1000, "test")))
     assert not train & test
     assert len(train) > 1000
     assert len(test) > 150
