@@ -127,10 +127,11 @@ def pairs(kind: Kind, number: int, seed: int, split: Split) -> list[dict[str, An
 
 
 def _some(request: Mapping[str, Any], rng: random.Random) -> str:
-    """Name things: all that were asked for half of the time, and now and then one of another kind."""
-    number = request["number"] if rng.random() < 0.5 else rng.randrange(request["number"])
-    other = rng.choice([name for name in THINGS if name != request["things"]])
-    chosen = rng.sample(THINGS[request["things"]], number)
-    if number < request["number"] and rng.random() < 0.5:  # in place of a right one: never more than were asked for
-        chosen.append(rng.choice(THINGS[other]))
+    """Name things: all that were asked for half of the time; else fewer, or as many with some of another kind among them."""
+    number = request["number"]
+    right = number if rng.random() < 0.5 else rng.randrange(number)
+    chosen = rng.sample(THINGS[request["things"]], right)
+    if right < number and rng.random() < 0.7:
+        other = rng.choice([name for name in THINGS if name != request["things"]])
+        chosen += rng.sample(THINGS[other], rng.randint(1, number - right))
     return ", ".join(rng.sample(chosen, len(chosen))) + "." if chosen else NONE_KNOWN
