@@ -26,6 +26,7 @@ from dsv2.rl.reward_losses import bradley_terry, logistic
 from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
 from dsv2.rl.reward_training import RewardObjective, form_of, held_out_figures, train_reward_model
 from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.muon import hidden_matrices
 from train.training_runs import require_equal, stopping_after
 
 
@@ -60,6 +61,12 @@ def trained(start, pairs, out, **sections):
     opened = open_start(recipe, None)
     data = open_preferences(recipe, opened.tokenizer, [pairs], form=form_of(recipe.loss))
     return train_reward_model(recipe, opened, data, out), data
+
+
+def test_muon_has_the_matrices_that_it_has_in_a_language_model(start, pairs, tmp_path):
+    model, _ = trained(start, pairs, tmp_path, optimizer={"kind": "muon"})
+    assert hidden_matrices(model).keys() == hidden_matrices(load_model(start)).keys()
+    assert any(model.score_head.weight.flatten().tolist())
 
 
 def test_losses_are_their_formulas():
