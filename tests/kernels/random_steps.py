@@ -123,7 +123,7 @@ def random_texts(chance: random.Random, vocab: int, longest: int) -> list[Text]:
 
 
 def random_pieces(chance: random.Random, texts: list[Text]) -> list[tuple[Text, Piece]]:
-    """Some tokens of some unfinished texts, each in one or two pieces: single tokens beside chunks of up to 90. Logits are wanted of a few."""
+    """Some tokens of some unfinished texts, each in one or two pieces of 1 to 90. Logits are wanted of a few rows."""
     unfinished = [text for text in texts if text.done < len(text.tokens)]
     pieces = []
     for text in chance.sample(unfinished, chance.randint(1, len(unfinished))):
