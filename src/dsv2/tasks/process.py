@@ -13,24 +13,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
+from dsv2.tasks import inside
 from dsv2.tasks.inside.confine import LEVELS
 from dsv2.tasks.inside.wire import MAX_DEPTH
 from dsv2.tasks.verdict import Limits, Outcome
 
-_PACKAGE = Path(__file__).parents[1]
-# The package without its __init__.py, which imports what takes longer than the interpreter's start. The program does not see it.
+# The modules of inside/ come compiled through the channel, before all else: to find and compile them took longer than the interpreter's
+# start. The program does not see them.
+_INSIDE = ("syscalls", "confine", "wire", "launch")  # each after those that it imports
 _BOOT = """
-import sys
-package = type(sys)("dsv2")
-package.__path__ = [sys.argv[1]]
-sys.modules["dsv2"] = package
-from dsv2.tasks.inside import launch
-for name in [name for name in sys.modules if name.partition(".")[0] == "dsv2"]:
+import marshal, posix, sys
+channel, package = int(sys.argv[1]), "dsv2.tasks.inside"
+def receive(size):
+    received = b""
+    while len(received) < size:
+        part = posix.read(channel, size - len(received))
+        if not part:
+            posix._exit(1)
+        received += part
+    return received
+sys.modules[package] = inside = type(sys)(package)
+for name, code in marshal.loads(receive(int.from_bytes(receive(4), "little"))):
+    sys.modules[f"{package}.{name}"] = inside.__dict__[name] = type(sys)(f"{package}.{name}")
+    exec(code, inside.__dict__[name].__dict__)
+for name in [name for name in sys.modules if name.startswith(package)]:
     del sys.modules[name]
-launch.main(int(sys.argv[2]))
+inside.launch.main(channel)
 """
 # -P -s -S and an empty environment are the parts of isolated mode (-I), which would also ignore the hash seed: with a random one
 # a program that depends on the order of a set would be rewarded by chance.
@@ -92,7 +105,7 @@ class Confined:
             ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
             python = os.path.realpath(sys.executable)
             self._process = subprocess.Popen(
-                [*command, python, *_FLAGS, str(_PACKAGE), str(theirs.fileno())],
+                [*command, python, *_FLAGS, str(theirs.fileno())],
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -108,7 +121,8 @@ class Confined:
         self._exit = os.pidfd_open(self._process.pid)
         self._handles = [handle for handle in (self._exit, self._channel, self._stdout, self._stderr, self._stdin_end) if handle >= 0]
         settings = limits.cpu_s, limits.memory_bytes, max(limits.scratch_bytes, 1), limits.open_files
-        self._down = bytearray(_framed((limits.output_bytes, level, 0 if command else os.getpid(), settings, scratch, prefix)))
+        begin = limits.output_bytes, level, 0 if command else os.getpid(), settings, scratch, prefix
+        self._down = bytearray(_own_code() + _framed(begin))
         self._stdin = bytearray(stdin)
         self._register()
 
@@ -329,6 +343,13 @@ def _framed(message: Any) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
 
+@cache
+def _own_code() -> bytes:
+    """Return the modules of inside/, compiled, as the first message down."""
+    folder = resources.files(inside)
+    return _framed([(name, compile((folder / f"{name}.py").read_text(), f"{name}.py", "exec", dont_inherit=True)) for name in _INSIDE])
+
+
 def _folder_bytes(folder: str) -> int:
     """Return what the files of a flat folder take; each counts a block of 4 KiB at least, so that empty ones are not free."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -379,8 +400,7 @@ def bubblewrap(scratch: str) -> tuple[str, list[str]]:
     if program is None:
         return "", []
     command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--chdir", "/"]
-    for folder in (sys.base_prefix, str(_PACKAGE)):
-        command += ["--ro-bind", folder, folder]
+    command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"):
         command += ["--ro-bind-try", folder, folder]
     if scratch:
