@@ -35,7 +35,6 @@ from dsv2.files import atomic_write_json
 from dsv2.rl import preference_run
 from dsv2.rl.grpo import train
 from dsv2.rl.grpo_recipe import GrpoRecipe
-from dsv2.rl.objective import PRESETS
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardRecipe
 from dsv2.rl.prompts import Prompts, open_prompts
@@ -175,7 +174,8 @@ def recipe_of(name: str, begin: Path, steps: int, looks: int, seed: int, more: S
 def stage_1(begin: Path, out: Path, size: Size, seed: int) -> Result:
     """Run GRPO on sums; the rule pays."""
     recipe = recipe_of("v2-reasoning", begin, size.stage_1, 1, seed, ['task.name="arithmetic"'])
-    train(recipe, open_start(recipe.model, recipe.run.seq_len), open_prompts(recipe.task, [], seed), out)
+    opened = open_start(recipe.model, recipe.run.seq_len)
+    train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out)
     return {}
 
 
@@ -184,9 +184,8 @@ def stage_2(arm: str, begin: Path, out: Path, judges: Judges, size: Size, seed: 
     sections = (
         f"{{name='model', label='{kind}', folder={json.dumps(str(judges.folders[kind]))}, weight={judges.weights[kind]}}}" for kind in KINDS
     )
-    recipe = recipe_of("v2-preference", begin, size.stage_2, size.looks, seed, [f"reward=[{', '.join(sections)}]"])
-    if arm == "stage 2, no KL":
-        recipe = recipe.model_copy(update={"preset": None, "objective": PRESETS["v2"].model_copy(update={"kl_weight": 0.0})})
+    more = ["objective.kl_weight=0"] if arm == "stage 2, no KL" else []
+    recipe = recipe_of("v2-preference", begin, size.stage_2, size.looks, seed, [f"reward=[{', '.join(sections)}]", *more])
     prompts: list[Mapping[str, Any]] = list(requests(PROMPTS, seed + 1))
     sums = arm == "stage 2, half sums"
     if sums:

@@ -337,7 +337,7 @@ def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     step = int(np.searchsorted(sums, lacking, "right"))
     rising = np.sort(weights[steps == step])
     border = _position(rising, lacking - (float(sums[step - 1]) if step else 0.0))
-    above = np.count_nonzero(steps > step)
+    above = int(np.count_nonzero(steps > step))
     kept = weights >= rising[border]
     if np.count_nonzero(kept) > above + rising.size - border:
         kept[_surplus(weights, rising[border], above + rising.size - border)] = False
