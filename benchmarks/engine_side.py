@@ -22,6 +22,7 @@ from quiet_machine import quietly
 
 BLOCKS = 4
 SHORTEST_S = 1.5  # that a figure is measured for: fast models answer again and again
+READ_S = 60.0  # a step may take: prompts are read as fast as can be; else slow models read them so gently that answers end before all began
 IDS = 4000  # prompts are drawn from so many ids
 
 
@@ -88,7 +89,8 @@ class _Side:
     def _engine(self, batch: int, longest: int):
         from dsv2.engine.engine import Engine
 
-        engine = Engine(self._weights, self._tokenizer, max_batch=batch, max_len=longest, reuse=False, speculate=False)
+        settings = {"max_batch": batch, "max_len": longest, "reuse": False, "speculate": False}
+        engine = Engine(self._weights, self._tokenizer, max_step_s=READ_S, **settings)
         self.largest_cache = max(self.largest_cache, engine.cache.num_bytes)
         return engine
 
