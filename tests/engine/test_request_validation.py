@@ -30,7 +30,7 @@ from dsv2.errors import RequestError
         ("logit_bias", 5), ("logit_bias", "12"), ("logit_bias", (1, 2)), ("logit_bias", ((1, 1), (1, 2))), ("logit_bias", {True: 1}),
         ("logit_bias", dict.fromkeys(range(1025), 0)),
         ("min_tokens", -1), ("min_tokens", 257), ("min_tokens", 1.0),
-        ("include_stop", 1), ("include_stop", None),
+        ("include_stop", 1), ("include_stop", None), ("stop_regex", None), ("stop_regex", "("), ("stop_regex", "a*"), ("stop_regex", "a" * 257),
         ("prompt_logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", False),
         ("n", 0), ("n", 129), ("n", True), ("n", 1.0),
         ("constraint", "json"), ("constraint", {"type": "object"}),
