@@ -101,7 +101,7 @@ def test_stops_that_are_kept_and_stops_that_come_too_early(
 @example(["ab", "."], "a+b", ["b."], 0)
 @example(["ab.", "ab"], "a+b", [], 0)
 def test_a_match_ends_the_text_behind_a_token_and_stays(pieces: list[str], regex: str, stops: list[str], min_tokens: int) -> None:
-    """By definition: the first token beyond ``min_tokens`` that adds text and behind which all of it ends in a match, if no stop came before."""
+    """The first token beyond ``min_tokens`` that adds text and behind which all of it ends in a match, if no stop string came before."""
     ends = [n for n in range(min_tokens + 1, len(pieces) + 1) if pieces[n - 1] and re.search(rf"(?:{regex})\Z", "".join(pieces[:n]))]
     read = pieces[: ends[0]] if ends else pieces
     truth = cut_late(read, stops, False, min_tokens)
