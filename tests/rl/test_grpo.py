@@ -13,7 +13,6 @@ from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.cli import main
 from dsv2.config import load_recipe
-from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError, DataError
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
@@ -21,7 +20,6 @@ from dsv2.progress import read_metrics
 from dsv2.report.record import load_settings
 from dsv2.rl import grpo
 from dsv2.rl import rollout as rollout_file
-from dsv2.rl.evaluate import evaluate, pass_at
 from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
 from dsv2.rl.grpo_shown import ROLLOUTS
 from dsv2.rl.objective import PRESETS, Objective
@@ -334,10 +332,10 @@ def test_a_run_goes_on_with_the_objective_that_it_began_with(start: Path, tmp_pa
     one = SECTIONS["run"] | {"steps": 1}
     train(recipe_of(start, preset="dapo", run=one), tmp_path / "run")
     train(recipe_of(start, preset="dapo", objective={"clip_high": 0.28, "overlong_buffer": 2}, run=one), tmp_path / "run")  # the same
-    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.2 now\)$"):
+    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.2 now\)\n"):
         train(recipe_of(start, preset="dapo", objective={"clip_high": 0.2}, run=one), tmp_path / "run")
     monkeypatch.setitem(PRESETS, "dapo", PRESETS["dapo"].model_copy(update={"clip_high": 0.4}))  # by a later version of the package
-    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.4 now\)$"):
+    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.4 now\)\n"):
         train(recipe_of(start, preset="dapo", run=one), tmp_path / "run")
 
 
@@ -387,29 +385,3 @@ def test_an_answer_is_the_content_that_the_template_holds(tokenizer: Tokenizer) 
     draft = _Draft(tuple(prompt), {"messages": messages[:1]}, 0, 0)
     draft.tokens, draft.finish_reason = whole[len(prompt) :], "stop"
     assert draft.finished(SimpleNamespace(tokenizer=v2)).text == "The answer is 46."
-
-
-def test_an_answer_without_a_score_leaves_the_others_their_pass_at_k(llm: LLM) -> None:
-    judge = Rewards([Part("right", lambda rollouts: [None if (r.group, r.index) == (0, 0) else float(r.index == 1) for r in rollouts])])
-    examples = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
-    found = evaluate(llm, examples, judge, samples=3, max_tokens=2, seed="0", right_or_wrong=["right"])
-    assert found["reward"] == pytest.approx(3 / 8) and found["right/pass@3"] == 1.0
-    assert found["right/pass@1"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
-    assert (found["answers"], found["unscored"], found["right/unscored"]) == (9, 1, 1)
-
-
-def test_what_is_told_of_held_out_answers_does_not_depend_on_their_values(llm: LLM) -> None:
-    """Values that happen to be 0 and 1 make no pass@k, and a reward that could never tell keeps its place."""
-    examples = [{"messages": [{"role": "user", "content": "a"}]}]
-    keys = []
-    for values in ([0.0, 1.0], [0.5, 1.0], [None, None]):
-        judge = Rewards([Part("model", lambda rollouts, values=values: values), Part("right", lambda _: [None, 1.0], 0.0)])
-        found = evaluate(llm, examples, judge, samples=2, max_tokens=2, seed="0", right_or_wrong=["right"])
-        keys.append(tuple(found))
-        assert (found["right/pass@1"], found["right/pass@2"], found["right/unscored"]) == (1.0, None, 1)
-    assert found["reward"] is None and found["unscored"] == 2
-    assert len(set(keys)) == 1 and not any(key.startswith("model/pass@") for key in keys[0])
-
-
-def test_pass_at_k_is_unbiased() -> None:
-    assert pass_at(1, 4, 2) == 0.5 and pass_at(4, 4, 1) == 1.0 and pass_at(2, 4, 1) == 0.5 and pass_at(3, 4, 0) == 0.0

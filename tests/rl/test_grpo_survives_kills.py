@@ -37,7 +37,7 @@ held_out = 8
 samples = 2
 [[reward]]
 name = "format"
-pattern = "[^e]*"
+pattern = "[^eat]*"
 [[reward]]
 name = "model"
 folder = "{{folder}}/reward"
