@@ -29,8 +29,9 @@ from dsv2.rl.grpo_recipe import GrpoRecipe, fitted
 from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
-from dsv2.rl.reward import Rewards, Scores, open_rewards
-from dsv2.rl.reward_needs import require_wanted, reward_models
+from dsv2.rl.reward import Rewards, Scores
+from dsv2.rl.reward_kinds import open_rewards
+from dsv2.rl.reward_needs import require_judges, reward_models
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.step_metrics import rollout_metrics
 from dsv2.rl.supervision import advantages_of, require_supervision, shown_advantage
@@ -125,9 +126,8 @@ class _Run:
         require_determinism(recipe.run.deterministic)
         self.objective = recipe.objective
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        if rewards is None:
-            require_wanted(recipe.reward, [*prompts.take(0, len(prompts)), *prompts.held_out])
         self.rewards = open_rewards(recipe.reward, self.tokenizer, recipe.run.seq_len) if rewards is None else rewards
+        require_judges(self.rewards, [*prompts.take(0, len(prompts)), *prompts.held_out])
         require_supervision(recipe.supervision, self.rewards, self.objective)
         self.model = Transformer(start.config)
         if not checkpoints(out):
@@ -216,7 +216,7 @@ class _Run:
         if self.objective.overlong != "penalty":
             return scores
         limit, buffer = self.recipe.rollout.max_tokens, self.objective.overlong_buffer
-        return scores.with_part("overlong", [overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
+        return scores.with_penalty([overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
 
     def _advantages(self, scores: Scores, rollouts: Sequence[Rollout], objective: Objective) -> torch.Tensor:
         section = self.recipe.rollout
@@ -297,10 +297,9 @@ class _Run:
         )  # fmt: skip
         learned_from = set(batch.kept)
         for i, rollout in enumerate(batch.drawn):
-            rewards = {name: values[i] for name, values in batch.scores.parts.items()}
             steps = batch.scores.steps[i] if batch.scores.steps else None
             self.shown.write(
-                self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
+                self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=batch.scores.of(i),
                 **shown_advantage(batch.advantages[i], len(rollout.tokens), steps), learned=i in learned_from,
             )  # fmt: skip
 
