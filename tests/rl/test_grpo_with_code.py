@@ -36,7 +36,7 @@ def start(tmp_path: Path, policy: Transformer, tokenizer: Tokenizer) -> Path:
 
 def train(start: Path, out: Path, steps: int = 2, **objective: object) -> None:
     rows = [{"prompt": f"Write nothing, {n} times.", "tests": {"inputs": [""], "outputs": [""]}} for n in range(4)]
-    rows += [{"prompt": f"What is {n} + {n}?", "answer": 2 * n} for n in range(4)]
+    rows += [{"prompt": f"What is 1 times 1, {n} times over?", "answer": 1} for n in range(4)]
     (start.parent / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = GrpoRecipe.model_validate({
         "model": {"start": str(start)}, "run": {"steps": steps, "seq_len": 96, "checkpoint_every": 1, "keep": 9}, "task": {"held_out": 0},
@@ -78,7 +78,8 @@ def test_programs_answers_a_tool_and_importance_weights_survive_a_stop(
     assert steps_of(tmp_path / "stopped") == lines
 
     earned = [row["rewards"] for row in rollouts]
-    assert {0.0, 1.0} == {one["code"] for one in earned if "code" in one} and {*map(tuple, earned)} == {("code",), ("answer",)}
+    assert {(name, value) for one in earned for name, value in one.items()} == {(n, v) for n in ("code", "answer") for v in (0.0, 1.0)}
+    assert all(len(one) == 1 for one in earned), "each prompt is judged by what it has"
     assert all(line["unscored"] == 0 and line["rewards/code/not_asked"] + line["rewards/answer/not_asked"] == 32 for line in lines)
     assert any(re.search(r"<<1+=1+>>", row["text"]) for row in rollouts), "the tool was called"
     train(start, tmp_path / "unweighted", steps=1)

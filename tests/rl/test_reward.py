@@ -164,7 +164,7 @@ def test_a_machine_that_cannot_confine_programs_is_refused_if_there_are_any(monk
     require_judges(open_rewards(MIXED), [TESTED])  # this one can
     monkeypatch.setattr("dsv2.tasks.sandbox.run", lambda *_, **__: Verdict("infrastructure", "confined only by 'seccomp'"))
     require_judges(open_rewards(MIXED), [{"answer": 7}])
-    with pytest.raises(ConfigError, match=r"'code' runs programs under landlock\+seccomp, and this machine does not: .* 'seccomp'"):
+    with pytest.raises(ConfigError, match=r"'code' cannot run programs under landlock\+seccomp here: infrastructure: .* 'seccomp'"):
         require_judges(open_rewards(MIXED), [{"answer": 7}, TESTED])
 
 

@@ -176,14 +176,14 @@ def _require_sandbox(section: RewardSection) -> None:
     """Run an empty program as those of answers will be.
 
     Raises:
-        ConfigError: this machine cannot confine it, or not start it.
+        ConfigError: this machine cannot start it, confine it or bring it to its end.
     """
     from dsv2.tasks.sandbox import REQUIRED, run
 
     verdict = run("", limits=_limits(section))
     if verdict.outcome != "pass":
         raise ConfigError(
-            f"the reward {section.shown_as!r} runs programs under {REQUIRED}, and this machine does not: {verdict.detail}",
+            f"the reward {section.shown_as!r} cannot run programs under {REQUIRED} here: {verdict.outcome}: {verdict.detail}",
             hint='leave this reward out, or see docs/sandbox.md, "What a program meets"',
         )
 
