@@ -128,8 +128,8 @@ def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None
 def _part(section: RewardSection, reward: Reward | StepReward) -> Part:
     kind = section.kind
     return Part(
-        section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps, kind.lacks,
-        partial(kind.require, section) if kind.require else None,
+        section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps,
+        lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
     )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def _model(section: RewardSection, tokenizer: "Tokenizer | None", seq_len: int) 
 def _wrong_model(section: RewardSection) -> str:
     if not section.folder:
         return "the reward 'model' needs a folder"
-    if section.delimiter != "\n" and not section.steps:
+    if section.delimiter != RewardSection.model_fields["delimiter"].default and not section.steps:
         return f"delimiter = {section.delimiter!r} ends steps, and a whole answer is scored: add steps = true"
     return ""
 
