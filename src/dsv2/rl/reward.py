@@ -54,6 +54,7 @@ class Part:
         only_with: label of a reward without which (0 or less) this one is not paid.
         shuffled: deal its values out anew among the answers of a group.
         of_steps: it scores steps.
+        right_or_wrong: its values are 1 and 0.
         lacks: an example -> what is missing there to be judged by, "" if nothing is; None: it can judge any.
         require: called before a run in which some prompt is judged; raises what keeps this machine from it. None: nothing could.
     """
@@ -64,6 +65,7 @@ class Part:
     only_with: str = ""
     shuffled: bool = False
     of_steps: bool = False
+    right_or_wrong: bool = False
     lacks: Lacks | None = None
     require: Callable[[], None] | None = None
 

@@ -99,6 +99,7 @@ class Kind:
         problem: what is wrong with the options of a section; "" if nothing is.
         lacks: what an example lacks to be judged; None: it judges any.
         of_steps: it always scores steps.
+        right_or_wrong: its values are 1 and 0.
         require: raises what keeps this machine from judging.
     """
 
@@ -107,6 +108,7 @@ class Kind:
     problem: Callable[[RewardSection], str] = field(default=lambda _: "")
     lacks: Lacks | None = None
     of_steps: bool = False
+    right_or_wrong: bool = False
     require: Callable[[RewardSection], None] | None = None
 
 
@@ -129,7 +131,7 @@ def _part(section: RewardSection, reward: Reward | StepReward) -> Part:
     kind = section.kind
     return Part(
         section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps,
-        lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
+        right_or_wrong=kind.right_or_wrong, lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
     )  # fmt: skip
 
 
@@ -211,10 +213,10 @@ def _wrong_model(section: RewardSection) -> str:
 
 
 KINDS: dict[str, Kind] = {
-    "answer": Kind(_answer, frozenset({"exact"}), lacks=lacks_answer),
-    "format": Kind(_format, frozenset({"pattern"}), _wrong_pattern),
-    "length": Kind(_length, frozenset({"least_tokens", "most_tokens"}), _wrong_lengths),
-    "code": Kind(_code, frozenset({"cpu_s", "memory_mib"}), lacks=lacks_tests, require=_require_sandbox),
+    "answer": Kind(_answer, frozenset({"exact"}), right_or_wrong=True, lacks=lacks_answer),
+    "format": Kind(_format, frozenset({"pattern"}), _wrong_pattern, right_or_wrong=True),
+    "length": Kind(_length, frozenset({"least_tokens", "most_tokens"}), _wrong_lengths, right_or_wrong=True),
+    "code": Kind(_code, frozenset({"cpu_s", "memory_mib"}), right_or_wrong=True, lacks=lacks_tests, require=_require_sandbox),
     "model": Kind(_model, frozenset({"folder", "steps", "delimiter"}), _wrong_model),
     "steps": Kind(lambda *_: worked_steps, lacks=lacks_answer, of_steps=True),
 }
