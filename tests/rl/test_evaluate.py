@@ -5,12 +5,16 @@ import pytest
 from dsv2.engine.llm import LLM
 from dsv2.rl.evaluate import evaluate, pass_at
 from dsv2.rl.reward import Part, Rewards
+from dsv2.rl.rollout import Rollout
 
 
 def test_an_answer_without_a_score_leaves_the_others_their_pass_at_k(llm: LLM) -> None:
-    judge = Rewards([Part("right", lambda rollouts: [None if (r.group, r.index) == (0, 0) else float(r.index == 1) for r in rollouts])])
+    def known(rollouts: list[Rollout]) -> list[float | None]:
+        return [None if (r.group, r.index) == (0, 0) else float(r.index == 1) for r in rollouts]
+
+    judge = Rewards([Part("right", known, right_or_wrong=True)])
     examples = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
-    found = evaluate(llm, examples, judge, samples=3, max_tokens=2, seed="0", right_or_wrong=["right"])
+    found = evaluate(llm, examples, judge, samples=3, max_tokens=2, seed="0")
     assert found["reward"] == pytest.approx(3 / 8) and found["right/pass@3"] == 1.0
     assert found["right/pass@1"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
     assert (found["answers"], found["unscored"], found["right/unscored"]) == (9, 1, 1)
@@ -21,8 +25,9 @@ def test_what_is_told_of_held_out_answers_does_not_depend_on_their_values(llm: L
     examples = [{"messages": [{"role": "user", "content": "a"}]}]
     keys = []
     for values in ([0.0, 1.0], [0.5, 1.0], [None, None]):
-        judge = Rewards([Part("model", lambda rollouts, values=values: values), Part("right", lambda _: [None, 1.0], 0.0)])
-        found = evaluate(llm, examples, judge, samples=2, max_tokens=2, seed="0", right_or_wrong=["right"])
+        model = Part("model", lambda rollouts, values=values: values)
+        judge = Rewards([model, Part("right", lambda _: [None, 1.0], 0.0, right_or_wrong=True)])
+        found = evaluate(llm, examples, judge, samples=2, max_tokens=2, seed="0")
         keys.append(tuple(found))
         assert (found["right/pass@1"], found["right/pass@2"], found["right/unscored"]) == (1.0, None, 1)
     assert found["reward"] is None and found["unscored"] == 2

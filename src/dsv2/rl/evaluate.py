@@ -1,14 +1,12 @@
 """How well a policy answers held-out prompts: the mean reward, and how likely one of k answers is right."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import comb
 
 from dsv2.engine.llm import LLM
 from dsv2.rl.reward import Rewards
 from dsv2.rl.rollout import Example, draw
 from dsv2.rl.tools import Tool
-
-RIGHT_OR_WRONG = frozenset({"answer", "format", "length", "code"})  # rewards of a recipe, by name, whose values are 1 and 0
 
 
 def evaluate(
@@ -19,7 +17,6 @@ def evaluate(
     samples: int,
     max_tokens: int,
     seed: str,
-    right_or_wrong: Collection[str] = (),
     tool: Tool | None = None,
 ) -> dict[str, float | None]:
     """Answer every example ``samples`` times at temperature 1 and score the answers.
@@ -31,14 +28,13 @@ def evaluate(
         samples: k, answers to each example.
         max_tokens: longest answer.
         seed: of all draws.
-        right_or_wrong: labels of the rewards whose values are 1 and 0.
         tool: that the policy may call.
 
     Returns:
         the same keys whatever the values; None where no answer has a score. ``reward``: the mean of those that are known; ``answers``: how
-        many there were; ``unscored``: of these, without a reward, and as ``NAME/unscored`` without that one. For each of
-        ``right_or_wrong``, ``NAME/pass@1`` and ``NAME/pass@k``: without bias (Chen et al. 2021, eq 1), over the examples that have k
-        answers with a score.
+        many there were; ``unscored``: of these, without a reward, and as ``NAME/unscored`` without that one, where it was
+        asked. For each that says right or wrong, ``NAME/pass@1`` and ``NAME/pass@k``: without bias (Chen et al. 2021, eq 1), over the
+        examples that have k answers with a score.
     """
     rollouts = draw(llm, examples, group_size=samples, max_tokens=max_tokens, seed=seed, tool=tool)
     scores = rewards.score(rollouts)
@@ -47,9 +43,10 @@ def evaluate(
         "reward": _mean(known), "mean_length": _mean([len(rollout.tokens) for rollout in rollouts]),
         "answers": len(rollouts), "unscored": len(rollouts) - len(known),
     }  # fmt: skip
-    for name, values in scores.parts.items():
-        found[f"{name}/unscored"] = values.count(None)
-        if name not in right_or_wrong:
+    for part in rewards.parts:
+        name, values = part.label, scores.parts[part.label]
+        found[f"{name}/unscored"] = scores.unscored(name)
+        if not part.right_or_wrong:
             continue
         judged = [[value for value in values[i : i + samples] if value is not None] for i in range(0, len(values), samples)]
         for k in dict.fromkeys((1, samples)):

@@ -25,14 +25,15 @@ from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
 from dsv2.progress import bar, say
 from dsv2.rl.batch import Batch
-from dsv2.rl.evaluate import RIGHT_OR_WRONG, evaluate
+from dsv2.rl.evaluate import evaluate
 from dsv2.rl.grpo_recipe import GrpoRecipe, fitted, objective_of
 from dsv2.rl.grpo_shown import ROLLOUTS, RunLog, on_the_bar, print_plan, print_sample
 from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
-from dsv2.rl.reward import Rewards, Scores, open_rewards
-from dsv2.rl.reward_needs import require_wanted, reward_models
+from dsv2.rl.reward import Rewards, Scores
+from dsv2.rl.reward_kinds import open_rewards
+from dsv2.rl.reward_needs import require_judges, reward_models
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
@@ -111,11 +112,9 @@ class _Run:
         require_determinism(recipe.run.deterministic)
         self.objective = objective_of(recipe)
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        if rewards is None:
-            require_wanted(recipe.reward, [*prompts.take(0, len(prompts)), *prompts.held_out])
         self.rewards = open_rewards(recipe.reward, self.tokenizer, recipe.run.seq_len) if rewards is None else rewards
+        require_judges(self.rewards, [*prompts.take(0, len(prompts)), *prompts.held_out])
         require_supervision(recipe.supervision, self.rewards, self.objective)
-        self.right_or_wrong = () if rewards else tuple(part.shown_as for part in recipe.reward if part.name in RIGHT_OR_WRONG)
         self.model = Transformer(start.config)
         if not checkpoints(out):
             begin_weights(self.model, str(start.folder), recipe.run.seed)
@@ -175,7 +174,7 @@ class _Run:
         self.llm.weights_changed()
         found = evaluate(
             self.llm, self.prompts.held_out, self.rewards, samples=recipe.task.samples, max_tokens=recipe.rollout.max_tokens,
-            seed=f"{recipe.run.seed} evaluation", right_or_wrong=self.right_or_wrong, tool=self.tool,
+            seed=f"{recipe.run.seed} evaluation", tool=self.tool,
         )  # fmt: skip
         self.log.evaluation(self.step, found, len(self.prompts.held_out), elapsed_s=self.elapsed)
 
@@ -212,7 +211,7 @@ class _Run:
         if self.objective.overlong != "penalty":
             return scores
         limit, buffer = self.recipe.rollout.max_tokens, self.objective.overlong_buffer
-        return scores.with_part("overlong", [overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
+        return scores.with_penalty([overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
 
     def _advantages(self, scores: Scores, rollouts: Sequence[Rollout], objective: Objective) -> torch.Tensor:
         section = self.recipe.rollout

@@ -6,7 +6,7 @@ from pydantic import Field, field_serializer
 
 from dsv2.config import Section
 from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
-from dsv2.rl.reward import RewardSection
+from dsv2.rl.reward_kinds import RewardSection
 from dsv2.rl.supervision import Supervision
 from dsv2.train.loop import PaceSection
 from dsv2.train.losses import BalanceSection

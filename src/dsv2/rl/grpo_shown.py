@@ -81,10 +81,9 @@ class RunLog:
         )  # fmt: skip
         learned_from = set(batch.kept)
         for i, rollout in enumerate(batch.drawn):
-            rewards = {name: values[i] for name, values in batch.scores.parts.items()}
             steps = batch.scores.steps[i] if batch.scores.steps else None
             self._rollouts.write(
-                step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
+                step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=batch.scores.of(i),
                 **shown_advantage(batch.advantages[i], len(rollout.tokens), steps), learned=i in learned_from,
             )  # fmt: skip
 
