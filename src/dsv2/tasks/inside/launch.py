@@ -15,7 +15,7 @@ import os
 import sys
 from _json import encode_basestring_ascii
 
-from dsv2.tasks.inside import confine, wire
+from dsv2.tasks.inside import confine, landlock, wire
 
 TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
@@ -89,27 +89,35 @@ class Channel:
 
 def main(handle: int) -> None:
     """Confine this process as the first message says, then do the job of the second."""
-    room, level, parent, limits, scratch, wrapper = Channel(handle, 0).receive()
-    channel = Channel(handle, room)
+    asked = Channel(handle, 0).receive()
+    channel = Channel(handle, asked["output_bytes"])
+    scratch, rules = asked["scratch"], asked["landlock"]
     try:
-        os.closerange(3, handle)
-        os.closerange(handle + 1, 256)  # the judge leaves none open; these would be a bug of ours
+        _close_all_but({handle, rules} - {-1})
         os.environ.pop("PWD", None)  # bubblewrap's
         os.umask(0o077)
         os.chdir(scratch or "/")
         confine.give_up_privileges(scratch)
-        confine.limit_resources(*limits)
-        confine.die_with_parent(parent)
-        reached = wrapper + confine.confine(scratch)
+        confine.limit_resources(*asked["limits"])
+        confine.die_with_parent(asked["parent"])
+        reached = asked["outer_level"] + confine.confine(landlock.rule_set(scratch) if scratch else rules, asked["seccomp"])
     except OSError as error:
         reached = f"nothing: {error}"
-    if reached not in confine.LEVELS or confine.LEVELS.index(reached) < confine.LEVELS.index(level):
+    if reached not in confine.LEVELS or confine.LEVELS.index(reached) < confine.LEVELS.index(asked["level"]):
         channel.send("refused", encode_basestring_ascii(reached))
         os._exit(1)
     channel.send("ready", encode_basestring_ascii(reached))
     role, *job = channel.receive()
     roles: dict[str, Any] = {"script": script, "functions": functions, "served": served, "examiner": examiner}
     roles[role](channel, *job)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """Close what else was inherited: the judge leaves nothing open, so it would be a bug of ours."""
+    last = 2
+    for handle in (*sorted(kept), 256):
+        os.closerange(last + 1, handle)
+        last = handle
 
 
 def script(channel: Channel, program: str) -> None:
