@@ -140,7 +140,7 @@ def test_root_that_cannot_become_another_user_keeps_its_folder_and_loses_its_pow
         monkeypatch.setattr(os, name, refuse if name == call else lambda *_, name=name: done.append(name))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(confine, "_ancestors", lambda _: [])  # the interpreter is anybody's to read
-    monkeypatch.setattr(confine, "_libc", Kernel())
+    monkeypatch.setattr(confine, "libc", Kernel())
     confine.give_up_privileges("/scratch")
     assert done[-1] == "capset"
     assert "chown" not in done

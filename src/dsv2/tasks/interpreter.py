@@ -10,7 +10,7 @@ from dsv2.tasks.channel import framed
 
 # The modules of inside/ come compiled through the channel, before all else: to find and compile them took longer than the interpreter's
 # start. The program does not see them.
-_INSIDE = ("landlock", "confine", "wire", "launch")  # each after those that it imports
+_INSIDE = ("libc", "landlock", "confine", "wire", "launch")  # each after those that it imports
 _BOOT = """
 import marshal, posix, sys
 channel, package = int(sys.argv[1]), "dsv2.tasks.inside"

@@ -1,4 +1,4 @@
-"""Take from the running process what a strange program must not have: limits, another user, files, system calls. Linux, through ctypes.
+"""Take from the running process what a strange program must not have: limits, another user, files, system calls. Linux.
 
 Everything here only ever takes away, and what it took is tried out before it is believed. Sources: seccomp(2), prctl(2), setrlimit(2),
 capabilities(7).
@@ -6,11 +6,10 @@ capabilities(7).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 
-from dsv2.tasks.inside import landlock
+from dsv2.tasks.inside import landlock, libc
 
 TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_
 _PR_SET_THP_DISABLE = 41
 _SIGKILL = 9  # the module signal is slow to import; Python itself ignores SIGXFSZ, so that too large a file is an OSError
 _CAPSET = {"x86_64": 126, "aarch64": 91}
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def limit_resources(cpu_s: int, memory_bytes: int, file_bytes: int, open_files: int) -> None:
@@ -42,7 +39,7 @@ def limit_resources(cpu_s: int, memory_bytes: int, file_bytes: int, open_files: 
     ):
         resource.setrlimit(which, (soft, hard))
     # of a page of 2 MiB all stays while 4 KiB are mapped, and the limit of the address space counts those
-    _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def give_up_privileges(scratch: str) -> None:
@@ -62,10 +59,10 @@ def give_up_privileges(scratch: str) -> None:
         except OSError:
             pass  # a container, or bubblewrap, that maps few users; the folder is still root's
     for capability in range(64):
-        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    if _libc.syscall(_CAPSET.get(os.uname().machine, -1), header, (ctypes.c_uint32 * 6)()) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    header = 0x20080522.to_bytes(8, "little")  # _LINUX_CAPABILITY_VERSION_3, this process
+    if libc.syscall(_CAPSET.get(os.uname().machine, -1), header, bytes(24)) != 0:
+        raise OSError(libc.get_errno(), "capset")
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -76,7 +73,7 @@ def _ancestors(path: str) -> Iterator[str]:
 
 def die_with_parent(parent: int) -> None:
     """Ask for SIGKILL when the thread that started this process ends; a parent that ended before (`parent` not 0) ends it now."""
-    _libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)  # after the change of user, which clears it
+    libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     if parent and os.getppid() != parent:
         os._exit(1)
 
@@ -91,9 +88,9 @@ def confine(rules: int, instructions: bytes | None) -> str:
     Returns:
         The level reached, one of LEVELS; each part counts only if forbidden things are refused afterwards.
     """
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return LEVELS[0]
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody's to trace, nor its files in /proc to read
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody's to trace, nor its files in /proc to read
     fenced = False
     if rules >= 0:
         fenced = landlock.restrict(rules) and _refused(lambda: os.open("/", os.O_RDONLY), 13)  # EACCES
@@ -103,15 +100,11 @@ def confine(rules: int, instructions: bytes | None) -> str:
     return LEVELS[2] if fenced else LEVELS[1]
 
 
-class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.c_char_p)]
-
-
 def _seccomp(instructions: bytes) -> bool:
-    program = _Program(len(instructions) // 8, instructions)
-    if _libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0) != 0:  # SECCOMP_MODE_FILTER
+    program = (len(instructions) // 8).to_bytes(8, "little") + libc.address_of(instructions)  # struct sock_fprog
+    if libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0) != 0:  # SECCOMP_MODE_FILTER
         return False
-    return _libc.socket(1, 1, 0) == -1 and ctypes.get_errno() == 1 and _refused(lambda: os.kill(os.getpid(), 0), 1)  # EPERM
+    return libc.socket(1, 1, 0) == -1 and libc.get_errno() == 1 and _refused(lambda: os.kill(os.getpid(), 0), 1)  # EPERM
 
 
 def _refused(attempt: Callable[[], object], errno: int) -> bool:

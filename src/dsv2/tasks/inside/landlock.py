@@ -1,11 +1,11 @@
-"""Landlock: which files a process can reach. Linux, through ctypes; source: landlock(7)."""
+"""Landlock: which files a process can reach. Linux; source: landlock(7)."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import struct
 import sys
+
+from dsv2.tasks.inside import libc
 
 TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ _HANDLED_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 _HANDLED_TCP = 0x3  # bind and connect, from version 4 on
 _SCOPED = 0x3  # abstract sockets and signals, from version 6 on
 
-_libc = ctypes.CDLL(None)
-
 
 def rule_set(scratch: str) -> int:
     """Make a rule set that leaves what an interpreter reads and one folder; it confines nobody yet.
@@ -31,13 +29,13 @@ def rule_set(scratch: str) -> int:
     Returns:
         Its handle, which other programs do not inherit; -1 where the kernel has no Landlock.
     """
-    version = _libc.syscall(_CREATE, None, ctypes.c_size_t(0), 1)
+    version = libc.syscall(_CREATE, None, 0, 1)
     if version < 1:
         return -1
     handled = _HANDLED_FILES[min(version, 5)]
-    rules = struct.pack("=QQQ", handled, _HANDLED_TCP if version >= 4 else 0, _SCOPED if version >= 6 else 0)
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    handle = int(_libc.syscall(_CREATE, rules, ctypes.c_size_t(size), 0))
+    rules = (handled, _HANDLED_TCP, _SCOPED)[: 1 if version < 4 else 2 if version < 6 else 3]
+    attributes = b"".join(rule.to_bytes(8, "little") for rule in rules)  # struct landlock_ruleset_attr
+    handle = int(libc.syscall(_CREATE, attributes, len(attributes), 0))
     if handle >= 0:
         for path, allowed in _readable():
             _allow(handle, path, allowed & handled)
@@ -48,7 +46,7 @@ def rule_set(scratch: str) -> int:
 
 def restrict(rules: int) -> bool:
     """Confine this process to a rule set, for good; tell whether the kernel did."""
-    return bool(_libc.syscall(_RESTRICT, rules, 0) == 0)
+    return bool(libc.syscall(_RESTRICT, rules, 0) == 0)
 
 
 def _readable() -> Iterator[tuple[str, int]]:
@@ -76,5 +74,6 @@ def _allow(rules: int, path: str, allowed: int) -> None:
         return  # not on this system
     if not os.path.isdir(path):
         allowed &= ~_READ_DIR
-    _libc.syscall(_ADD, rules, 1, struct.pack("=Qi", allowed, folder), 0)
+    rule = allowed.to_bytes(8, "little") + folder.to_bytes(4, "little")  # struct landlock_path_beneath_attr
+    libc.syscall(_ADD, rules, 1, rule, 0)
     os.close(folder)
