@@ -9,7 +9,7 @@ from dsv2.tasks.inside.wire import MAX_DEPTH
 _MOST_LAYERS = MAX_DEPTH + 3  # of lists in a line: the message, the value, a number in it
 
 
-def framed(message: object) -> bytes:
+def framed(message: Any) -> bytes:
     """Return a message of plain values as the process reads it: marshalled, behind its length."""
     content = marshal.dumps(message)
     return len(content).to_bytes(4, "little") + content
