@@ -90,19 +90,23 @@ class Confined:
         self.deadline = self.started + START_S
         self._exit = os.pidfd_open(self._process.pid)
         self._handles = [handle for handle in (self._exit, self._channel, self._stdout, self._stderr, self._stdin_end) if handle >= 0]
-        asked = {
+        self._down = bytearray(own_code() + framed(self._asked(level, rules)))
+        self._stdin = bytearray(stdin)
+        self._register()
+
+    def _asked(self, level: str, rules: int) -> dict[str, object]:
+        """Return how the process is to confine itself: the second message down."""
+        limits = self._limits
+        return {
             "level": level,
-            "outer_level": _WRAPPED if wrapper else "",
-            "parent": 0 if wrapper else os.getpid(),
+            "outer_level": _WRAPPED if self._wrapped else "",
+            "parent": 0 if self._wrapped else os.getpid(),
             "limits": (limits.cpu_s, limits.memory_bytes, max(limits.scratch_bytes, 1), limits.open_files),
             "output_bytes": limits.output_bytes,
-            "scratch": scratch,
+            "scratch": self._scratch,
             "landlock": rules,
             "seccomp": seccomp_filter(os.uname().machine),
         }
-        self._down = bytearray(own_code() + framed(asked))
-        self._stdin = bytearray(stdin)
-        self._register()
 
     def _register(self) -> None:
         self._watched: set[int] = set()
