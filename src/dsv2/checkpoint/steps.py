@@ -20,7 +20,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that ``path`` means: itself, a run's newest step, the newest step of a tour, or a model id's copy.
+    """Return the checkpoint folder that ``path`` means: itself, a run's newest step, the newest step of a tour's latest run, or a
+    model id's copy.
 
     Raises:
         CheckpointError: there is none.
@@ -30,7 +31,7 @@ def latest_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    for run in (path, path / "pretrain"):
+    for run in (path, path / "grpo", path / "sft", path / "pretrain"):
         steps = checkpoints(run)
         if steps:
             return steps[-1]

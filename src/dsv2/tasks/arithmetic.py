@@ -46,7 +46,7 @@ class Problem:
     second: int
 
 
-def problems(num: int, seed: int, digits: int = 3, split: Split = "train") -> Iterator[Problem]:
+def problems(num: int, seed: int | str, digits: int = 3, split: Split = "train") -> Iterator[Problem]:
     """Yield problems, sums and differences equally often; some may come twice.
 
     Args:
@@ -103,6 +103,20 @@ def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3, *,
         if worked:
             answer = f"{working(problem)}: {answer}"
         yield [{"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
+
+
+def exercises(num: int, seed: int, split: Split = "train", *, together: int = 5) -> Iterator[str]:
+    """Yield texts such as textbooks have: a few questions of three digits, a line each, with their working and the right answer.
+
+    Args:
+        num: of texts.
+        seed: same seed, same texts.
+        split: which pairs of numbers may occur.
+        together: questions in a text.
+    """
+    lines = [f"{problem.question} {working(problem)}: {problem.answer}" for problem in problems(num * together, f"exercises {seed}", split=split)]
+    for first in range(0, len(lines), together):
+        yield "\n".join(lines[first : first + together])
 
 
 def working(problem: Problem) -> str:
