@@ -7,8 +7,10 @@ dsv2 grpo arithmetic model.start=runs/start/sft --out runs/grpo
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+Chat = list[dict[str, str]]
 DEMONSTRATIONS, WRONG, LONGEST = 24_000, 0.45, 48
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_lora_rank": 64,
@@ -17,8 +19,11 @@ SHAPE = {
 }  # fmt: skip
 
 
-def make_start(out: Path, *, seed: int = 0, epochs: float = 1.5, peak: float = 6e-3) -> Path:
-    """Write tokenizer and weights, fine-tune them on demonstrations; return the folder of the run."""
+def make_start(
+    out: Path, *, seed: int = 0, epochs: float = 1.5, peak: float = 6e-3, sums: int = DEMONSTRATIONS, more: Sequence[Chat] = (),
+    vocab_size: int = 512,
+) -> Path:  # fmt: skip
+    """Write tokenizer and weights, fine-tune them on so many sums and on more conversations; return the folder of the run."""
     from dsv2.checkpoint.layout import save_checkpoint
     from dsv2.model.accounting import count_parameters
     from dsv2.model.init import initialise
@@ -28,9 +33,9 @@ def make_start(out: Path, *, seed: int = 0, epochs: float = 1.5, peak: float = 6
     from dsv2.tokenizer.train import train_tokenizer
 
     out.mkdir(parents=True, exist_ok=True)
-    chats = list(demonstrations(DEMONSTRATIONS, seed, WRONG))
+    chats = [*demonstrations(sums, seed, WRONG), *more]
     write_chats(out / "demonstrations.jsonl", chats)
-    tokenizer = train_tokenizer((chat[0]["content"] + chat[1]["content"] for chat in chats), vocab_size=512)
+    tokenizer = train_tokenizer((chat[0]["content"] + chat[1]["content"] for chat in chats), vocab_size=vocab_size)
     config = preset(
         "nano", vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, q_lora_rank=None, **SHAPE
     )
@@ -63,7 +68,7 @@ def fine_tuned(start: Path, chats: Path, out: Path, *, seed: int, epochs: float,
     return out
 
 
-def write_chats(file: Path, chats: list[list[dict[str, str]]]) -> None:
+def write_chats(file: Path, chats: Sequence[Chat]) -> None:
     """Write conversations as JSON lines."""
     file.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats), encoding="utf-8")
 

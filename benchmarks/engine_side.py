@@ -22,6 +22,7 @@ from quiet_machine import quietly
 
 BLOCKS = 4
 SHORTEST_S = 1.5  # that a figure is measured for: fast models answer again and again
+READ_S = 60.0  # a step may take: prompts are read as fast as can be; else slow models read them so gently that answers end before all began
 IDS = 4000  # prompts are drawn from so many ids
 
 
@@ -88,13 +89,14 @@ class _Side:
     def _engine(self, batch: int, longest: int):
         from dsv2.engine.engine import Engine
 
-        engine = Engine(self._weights, self._tokenizer, max_batch=batch, max_len=longest, reuse=False, speculate=False)
+        settings = {"max_batch": batch, "max_len": longest, "reuse": False, "speculate": False}
+        engine = Engine(self._weights, self._tokenizer, max_step_s=READ_S, **settings)
         self.largest_cache = max(self.largest_cache, engine.cache.num_bytes)
         return engine
 
     def _decode(self, batch: int, prompt: int, new: int) -> dict:
         """Tokens/s of ``batch`` answers written together, sampling and all, and how near the roof that is."""
-        engine = self._engine(batch, prompt + new + 64)
+        engine = self._engine(batch, prompt + new + spare_steps(batch))
         timed: list[Timed] = []
         distinct: list[float] = []
         began = time.perf_counter()
@@ -124,11 +126,12 @@ class _Side:
 
         config = self._weights.config
         recorded = batch > 1 and config.num_moe_layers > 0
-        params = SamplingParams(temperature=0.0, max_tokens=new + 16, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=new + spare_steps(batch), ignore_eos=True)
         for index, tokens in enumerate(prompts(batch, prompt)):
             engine.add(Request(f"{index}", tokens, params, record_experts=recorded))
-        while len(engine.step()) < batch:
-            pass
+        steps = spare_steps(batch) - 1  # then the first answer goes on to the end of what is timed
+        if not any(len(engine.step()) == batch for _ in range(steps)):
+            raise RuntimeError(f"{batch} requests are not written together after {steps} steps")
         timed = []
         for _ in range(BLOCKS):
             before = self._meter.rate()
@@ -180,6 +183,11 @@ class _Side:
             medians.append(median_s(step, new))
         stack.close()
         return 1 / statistics.median(medians)
+
+
+def spare_steps(batch: int) -> int:
+    """Return how many tokens the first answer of a batch may be ahead when the last one begins: a step reads a part of the prompts only."""
+    return 64 + 4 * batch
 
 
 def median_s(work: Callable[[], object], times: int) -> float:

@@ -39,7 +39,8 @@ def grpo(start: Path, out: Path, seed: int, steps: int, overrides: list[str]) ->
 
     given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", f"run.steps={steps}", "task.held_out=0", ONE_CHECKPOINT]
     recipe = load_recipe("arithmetic", GrpoRecipe, folder="grpo", overrides=given + overrides)
-    train(recipe, open_start(recipe.model, recipe.run.seq_len), open_prompts(recipe.task, [], seed), out)
+    opened = open_start(recipe.model, recipe.run.seq_len)
+    train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out)
     return out
 
 

@@ -76,6 +76,7 @@ def run_dsv2(folder: Path, prompts: int, steps: int) -> dict[str, Any]:
     from dsv2.train.sft import open_start
 
     recipe = recipe_of(folder, prompts)
+    opened = open_start(recipe.model, recipe.run.seq_len)
     real, begins = grpo.draw, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -87,9 +88,7 @@ def run_dsv2(folder: Path, prompts: int, steps: int) -> dict[str, Any]:
     grpo.draw = counted
     with tempfile.TemporaryDirectory() as out:
         with suppress(KeyboardInterrupt):
-            grpo.train(
-                recipe, open_start(recipe.model, recipe.run.seq_len), open_prompts(recipe.task, [folder / "prompts.jsonl"], 0), Path(out)
-            )
+            grpo.train(recipe, opened, open_prompts(recipe, opened.tokenizer, [folder / "prompts.jsonl"]), Path(out))
         lines = [line for line in read_metrics(Path(out) / "metrics.jsonl") if line["kind"] == "grpo"][WARM_UP:]
     step_s = statistics.median(b - a for a, b in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False))
     rollout_s = statistics.median(line["rollout_s"] for line in lines)

@@ -76,7 +76,8 @@ def teach(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) -> d
 def reward(start: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
     """Let GRPO improve a model on sums, or go on with it; return figures for people."""
     asked = load_recipe(recipe, GrpoRecipe, folder="grpo", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
-    grpo.train(asked, open_start(asked.model, asked.run.seq_len), open_prompts(asked.task, [], seed), out)
+    begun = open_start(asked.model, asked.run.seq_len)
+    grpo.train(asked, begun, open_prompts(asked, begun.tokenizer, []), out)
     before, after = evaluations(out)
     return {name: f"{before[name]:.1%} before, {after[name]:.1%} after" for name in before if "pass@" in name}
 

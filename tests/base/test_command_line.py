@@ -51,9 +51,9 @@ FULL = {
     "dpo": "tour a.b=1 --data d --out o --validation v --validation w --resume --tensorboard",
     "grpo": "tour a.b=1 --data d --data e --out o --resume --tensorboard",
     "generate": "run a.jsonl b.txt --prompt - --out o --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype int8"
-    " --max-batch 3 --cache 8 --max-len 64 --threads 2 --json",
+    " --max-batch 3 --cache 8 --max-len 64 --threads 2 --verify --json",
     "chat": "run --system hi --template v2 --max-tokens 5 --temperature 0 --top-k 3 --top-p 0.5 --seed 7 --dtype bf16"
-    " --cache 6 --threads 1",
+    " --cache 6 --threads 1 --verify",
     "quantize": "random:nano --out o --bits 4",
     "convert": "merge a b --out o --to hf --dtype bf16 --weights 0.25,0.75 --max-shard-gb 1",
     "report": "a b --out r.html",

@@ -76,8 +76,9 @@ def test_long_conversations_are_refused_or_lose_their_end(tokenizer):
     assert [len(tokens) for tokens in found["chats"].tokens][0] == 17
     assert found["chats"].cut == 1
     late = conversation(("user", "a river, " * 30), ("assistant", "a gate"))
-    with pytest.raises(DataError, match="its first answer begins after a row of 16 tokens"):
-        rendered(tokenizer, late, seq_len=16, too_long="cut")
+    found, report = rendered(tokenizer, late, seq_len=16, too_long="cut")
+    assert not found
+    assert report.refused == {"its first answer begins after a row of 16 tokens": 1}
 
 
 def test_rows_hold_every_sample_once_and_each_by_itself(tokenizer):
@@ -122,15 +123,19 @@ def test_best_fit_loses_nothing_and_beats_taking_turns(capacity):
 def test_fill_in_the_middle_takes_its_share_and_learns_the_middle(tokenizer):
     code = "def f(x):\n    return x\n\na = f(1)\n"
     talk = conversation(("user", "a"), ("assistant", f"so:\n```python\n{code}```\n"))
-    found, report = rendered(tokenizer, *[talk] * 9, seq_len=128)
+    found, _ = rendered(tokenizer, *[talk] * 9, seq_len=128)
     samples = found["chats"]
-    assert add_fim(samples, list(fenced_code([talk] * 9)), tokenizer, share=0.1, seq_len=128, seed=0, report=report) == 1
+    counts = add_fim(samples, list(fenced_code([talk] * 9)), tokenizer, share=0.1, seq_len=128, seed=0)
+    assert (counts.used, counts.too_long) == (1, 0)
     text = tokenizer.decode(samples.tokens[-1].tolist())
     middle = tokenizer.decode(samples.tokens[-1][samples.learn[-1]].tolist())
     assert sorted(text) == sorted(code)  # all of it, in another order
     assert middle in code
-    with pytest.raises(ConfigError, match=r"takes 10 documents that fit into a row; 2 do"):
-        add_fim(samples, [("a", code)] * 2, tokenizer, share=0.5, seq_len=128, seed=0, report=report)
+    with pytest.raises(ConfigError, match=r"takes 10 documents that fit into a row; 2 do, 1 are longer than 128 tokens"):
+        add_fim(samples, [*[("a", code)] * 2, ("b", code * 9)], tokenizer, share=0.5, seq_len=128, seed=0)
+    documents = [(str(n), f"{n}\n{code}") for n in range(40)]
+    add_fim(samples, documents, tokenizer, share=0.5, seq_len=128, seed=0)
+    assert max(int(place) for place in samples.places[-10:]) >= 20, "from all documents, not the first"
 
 
 def test_rendering_is_the_chat_templates_own(tokenizer):

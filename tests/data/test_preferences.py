@@ -147,6 +147,21 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning(tmp_path, tokeniz
     assert dict(report.refused) == {"a conversation is longer than 24 tokens": 1}
     cut = render_preferences(found, tokenizer, template=None, seq_len=48, too_long="cut", report=ReadingReport())
     assert cut.cut == 2
-    assert [len(tokens) for tokens in cut.tokens[:2]] == [24, 24]
+    assert max(len(tokens) for tokens in cut.tokens[:2]) == 24
     assert cut.tokens[0][0] == tokenizer.bos_id
     assert cut.learn[0].sum() == cut.learn[2].sum()
+
+
+def test_a_pair_that_is_cut_keeps_one_prompt(tmp_path, tokenizer):
+    found, _ = read(
+        tmp_path,
+        {"prompt": "hello " * 20 + "maybe later", "chosen": "yes yes yes yes yes", "rejected": "no"},
+        {"prompt": "hello " * 20, "chosen": "yes " * 30, "rejected": "no"},
+    )
+    report = ReadingReport()
+    cut = render_preferences(found, tokenizer, template=None, seq_len=60, too_long="cut", report=report)
+    prompts = [tokenizer.decode(tokens[~learn].tolist()) for tokens, learn in zip(cut.tokens, cut.learn, strict=True)]
+    assert prompts[0] == prompts[1]
+    assert prompts[0].endswith("hello maybe later")
+    assert [max(map(len, cut.tokens)), cut.cut] == [30, 2]
+    assert dict(report.refused) == {"an answer is longer than 15 tokens": 1}

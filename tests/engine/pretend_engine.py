@@ -166,7 +166,7 @@ class World:
         results = [(chunk, self.verify(chunk, self.write(chunk))) for chunk in plan.chunks if chunk.seq.in_flight]
         between()
         for (seq, _, _, _), new in results:
-            table, version = list(seq.blocks), seq.table_version
+            table, version = seq.blocks[:], seq.table_version
             counted = self.scheduler.advance(seq, new)
             self.events["table replaced"] += table != seq.blocks
             assert (seq.table_version > version) == (table != seq.blocks)

@@ -17,7 +17,6 @@ from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.data.batch import IGNORE
 from dsv2.engine import stack
 from dsv2.engine.engine import Engine
-from dsv2.engine.layout import FILE
 from dsv2.engine.llm import LLM
 from dsv2.engine.opening import EngineSettings
 from dsv2.engine.quantize import run as quantize
@@ -77,25 +76,6 @@ def test_a_folder_a_run_and_a_model_in_memory_give_the_same(folder: Path, llm: L
             assert (output.tokens, output.text) == (truth.tokens, truth.text)
 
 
-def test_a_packed_folder_opens(folder: Path, tmp_path: Path, llm: LLM) -> None:
-    quantize(str(folder), out=tmp_path / "packed", scheme="fp32")
-    with LLM(tmp_path / "packed", max_batch=2, cache="fp32") as packed:
-        assert packed.generate("The river", GREEDY)[0].tokens == llm.generate("The river", GREEDY)[0].tokens
-    with pytest.raises(ConfigError, match="packed"):
-        LLM(tmp_path / "packed", dtype="bf16")
-
-
-def test_a_damaged_packed_file_is_found_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
-    quantize(str(folder), out=tmp_path / "packed", scheme="bf16")
-    LLM(tmp_path / "packed", verify=True).close()
-    file = tmp_path / "packed" / FILE
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="sha256|hash|differ|damaged"):
-        LLM(tmp_path / "packed", verify=True)
-
-
 def test_prompts_are_text_or_ids_one_or_many(llm: LLM) -> None:
     ids = llm.tokenizer.encode("The river")
     (truth,) = llm.generate("The river", GREEDY)
@@ -151,6 +131,8 @@ def test_a_model_in_memory_is_as_it_is(model: Transformer, tokenizer: Tokenizer,
         LLM(model)
     with pytest.raises(ConfigError, match="stay as they are"):
         LLM(model, tokenizer=tokenizer, dtype="bf16")
+    with pytest.raises(ConfigError, match="has no files"):
+        LLM(model, tokenizer=tokenizer, verify=True)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         LLM(tmp_path)
 

@@ -68,6 +68,7 @@ def test_hostile_texts_stay_texts(tmp_path):
 def test_groups_show_prompt_truth_and_what_each_answer_earned(tmp_path):
     rows = [row(step, group, index) for step in (1, 2) for group in range(3) for index in range(4)]
     rows[5] |= {"reward": None, "rewards": {"answer": None, "format": 0.25}, "advantage": 0.0, "learned": False}
+    rows[6] |= {"steps": [{"end": 1, "reward": 0.125, "advantage": 0.7}, {"end": 4, "reward": 1.0, "advantage": -0.2}]}
     html = page_of(tmp_path / "run", rows)
     assert html.count('class="group"') == 6 and html.count('class="answer') == 24
     text = unescape(re.sub(r"<[^>]*>", " ", html))
@@ -80,6 +81,7 @@ def test_groups_show_prompt_truth_and_what_each_answer_earned(tmp_path):
         "format 0.25",
         "not learned from",
         "advantage -0.50",
+        "steps 0.125 (+0.70), 1 (-0.20)",
     ):
         assert said in text
     assert "mean reward, step 2" in text and "taken evenly" not in text

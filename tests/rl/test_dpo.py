@@ -17,6 +17,7 @@ from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, only_pairs, re
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection
 from dsv2.rl.preference_run import open_start
+from dsv2.tokenizer.tokenizer import Tokenizer
 from train.training_runs import require_equal, stopping_after
 
 
@@ -97,7 +98,7 @@ def test_at_the_reference_the_loss_is_ln_2_and_its_gradient_is_beta_over_2_of_th
 
 
 def test_it_learns_to_prefer_the_chosen_answers(start, pairs, tmp_path):
-    trained(start, pairs, tmp_path, run={"epochs": 4}, loss={"beta_dpo": 0.5})
+    trained(start, pairs, tmp_path, run={"epochs": 4}, loss={"beta_dpo": 0.5}, data={"template": "v2", "validation_share": 0.2})
     lines = read_metrics(tmp_path / "metrics.jsonl")
     held = [line for line in lines if line["kind"] == "evaluation"][-1]
     assert held["rewards/accuracies"]["pairs"] == 1.0
@@ -107,6 +108,7 @@ def test_it_learns_to_prefer_the_chosen_answers(start, pairs, tmp_path):
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-4)
     assert last["loss"] < 0.4 < first["loss"]
     load_model(latest_checkpoint(tmp_path))  # a language model still
+    assert Tokenizer.load(latest_checkpoint(tmp_path)).template == "v2", "what it was trained with is what is read later"
 
 
 def test_stopped_and_resumed_is_undisturbed_and_keeps_its_reference(start, pairs, tmp_path, monkeypatch):

@@ -1,24 +1,36 @@
 """GRPO as a run: killed between any two steps it ends with the same weights and the same rollouts; what it writes; what it refuses."""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import save_checkpoint
+from dsv2.cli import main
+from dsv2.config import load_recipe
+from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError, DataError
+from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.progress import read_metrics
 from dsv2.rl import grpo
-from dsv2.rl.evaluate import pass_at
+from dsv2.rl import rollout as rollout_file
+from dsv2.rl.evaluate import evaluate, pass_at
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import PRESETS
-from dsv2.rl.prompts import open_prompts
+from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reward import Part, Rewards
+from dsv2.rl.reward_model import RewardModel, save_reward_model
+from dsv2.rl.rollout import Rollout, _Draft
+from dsv2.tokenizer.chat import render
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft import open_start
+from reference import grpo as reference
 
 SECTIONS = {
     "run": {"steps": 4, "seq_len": 96, "validate_every": 2, "checkpoint_every": 1, "keep": 9},
@@ -29,6 +41,21 @@ SECTIONS = {
     "update": {"updates": 2, "micro_tokens": 200},
     "reference": {"refresh_every": 2},
 }  # fmt: skip
+
+
+def thirds(rollouts: list[Rollout]) -> list[list[tuple[int, float]]]:
+    """Every third token ends a step, whose score is the share of even tokens in it; the last step ends with the answer."""
+    found = []
+    for rollout in rollouts:
+        ends = sorted({*range(2, len(rollout.tokens), 3), len(rollout.tokens) - 1})
+        begins = [0, *(end + 1 for end in ends[:-1])]
+        found.append(
+            [(end, sum(t % 2 == 0 for t in rollout.tokens[begin : end + 1]) / 3) for begin, end in zip(begins, ends, strict=True)]
+        )  # fmt: skip
+    return found
+
+
+BY_STEPS = Rewards([Part("thirds", thirds, of_steps=True)])
 
 
 @pytest.fixture
@@ -43,7 +70,7 @@ def recipe_of(start: Path, **sections: object) -> GrpoRecipe:
 
 def train(recipe: GrpoRecipe, out: Path, **more: object) -> Transformer:
     opened = open_start(recipe.model, recipe.run.seq_len)
-    return grpo.train(recipe, opened, open_prompts(recipe.task, [], recipe.run.seed), out, **more)
+    return grpo.train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out, **more)
 
 
 def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
@@ -55,9 +82,12 @@ def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
     return weights, timeless, read_metrics(out / grpo.ROLLOUTS)
 
 
-def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(start)
-    train(recipe, tmp_path / "whole")
+@pytest.mark.parametrize(("supervision", "rewards"), [("outcome", None), ("process", BY_STEPS)])
+def test_a_run_stopped_at_any_step_ends_the_same(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supervision: str, rewards: Rewards | None
+) -> None:
+    recipe = recipe_of(start, supervision=supervision)
+    train(recipe, tmp_path / "whole", rewards=rewards)
     expected = state(tmp_path / "whole")
     sample = grpo._Run._sample
 
@@ -73,15 +103,19 @@ def test_a_run_stopped_at_any_step_ends_the_same(start: Path, tmp_path: Path, mo
 
         monkeypatch.setattr(grpo._Run, "_sample", killed)
         with pytest.raises(Killed):
-            train(recipe, tmp_path / "stopped")
+            train(recipe, tmp_path / "stopped", rewards=rewards)
     monkeypatch.setattr(grpo._Run, "_sample", sample)
-    train(recipe, tmp_path / "stopped")
+    left = tmp_path / "stopped" / f".{grpo.ROLLOUTS}.killed.tmp"  # by a process that was killed while it cut the rollouts back
+    left.touch()
+    train(recipe, tmp_path / "stopped", rewards=rewards)
+    assert not left.exists()
     weights, metrics, rollouts = state(tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(weights, expected[0], strict=True))
     assert metrics == expected[1] and rollouts == expected[2] and len(rollouts) == 4 * 12
     line = next(line for line in metrics if line["kind"] == "grpo")
-    assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/length/mean", "completions/mean_length", "kl", "entropy",
+    assert {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy",
             "clip_ratio/region_mean", "sampling/sampling_logp_difference/max", "num_tokens"} <= line.keys()  # fmt: skip
+    assert ("rewards/length/mean" in line, "steps/reward" in line) == (rewards is None, rewards is not None)
     assert max(line["sampling/sampling_logp_difference/max"] for line in metrics if line["kind"] == "grpo") <= 1e-5
     assert sorted(path.name for path in (tmp_path / "whole").glob("reference-*")) == ["reference-0.safetensors", "reference-2.safetensors"]
 
@@ -98,18 +132,164 @@ def test_rewards_shape_the_policy_and_equal_ones_do_not(start: Path, tmp_path: P
     train(recipe_of(start, run=run, learning_rate=pace, preset="dr_grpo", update={"updates": 1}), tmp_path / "even", rewards=even)
     earned = [line["reward"] for line in read_metrics(tmp_path / "even" / "metrics.jsonl") if line["kind"] == "grpo"]
     assert sum(earned[-3:]) > sum(earned[:3]) + 0.3
+    assert next(line for line in read_metrics(tmp_path / "even" / "metrics.jsonl") if line["kind"] == "grpo")["kl"] is None
     flat = recipe_of(start, objective={"kl_weight": 0.0}, optimizer={"weight_decay": 0.0})
     moved = train(flat, tmp_path / "flat", rewards=Rewards([Part("same", lambda rollouts: [1.0] * len(rollouts))]))
     before = load_model(start).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in moved.state_dict().items())
 
 
-def test_groups_with_equal_rewards_are_drawn_anew(start: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(start, objective={"drop_equal_groups": True, "kl_weight": 0.0}, run=SECTIONS["run"] | {"steps": 2})
-    picky = Rewards([Part("picky", lambda rollouts: [float(r.group == 4 and r.index == 0) for r in rollouts])])
+def test_under_process_supervision_the_loss_has_the_advantages_of_the_loop(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned, update = [], grpo.update
+
+    def watched(model: Transformer, optimizer: object, pieces: list, advantages: torch.Tensor, *more: object, **options: object) -> object:
+        learned.append(advantages)
+        return update(model, optimizer, pieces, advantages, *more, **options)
+
+    monkeypatch.setattr(grpo, "update", watched)
+    recipe = recipe_of(start, supervision="process", run=SECTIONS["run"] | {"steps": 2}, update={"updates": 1})
+    train(recipe, tmp_path / "run", rewards=BY_STEPS)
+    rollouts = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    assert [advantages.shape for advantages in learned] == [(12, 12)] * 2 and len(rollouts) == 24
+    seen = torch.cat(learned)
+    for group in range(0, 24, 4):
+        rows = rollouts[group : group + 4]
+        rewards, ends = ([[step[name] for step in row["steps"]] for row in rows] for name in ("reward", "end"))
+        expected = reference.step_advantages(rewards, ends, [row["num_tokens"] for row in rows])
+        for row, own, wanted in zip(rows, seen[group : group + 4].tolist(), expected, strict=True):
+            assert own == pytest.approx([*wanted, *[0.0] * (12 - len(wanted))], abs=1e-6)
+            assert [step["advantage"] for step in row["steps"]] == pytest.approx([wanted[step["end"]] for step in row["steps"]], abs=1e-5)
+            assert row["advantage"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+    assert len({*map(tuple, seen.tolist())}) > 12, "they differ"
+
+
+def test_process_supervision_shapes_the_policy(start: Path, tmp_path: Path) -> None:
+    run, pace = SECTIONS["run"] | {"steps": 20, "checkpoint_every": 99}, {"peak": 1e-2, "warmup_steps": 0}
+    recipe = recipe_of(start, run=run, learning_rate=pace, preset="dr_grpo", supervision="process", update={"updates": 1})
+    train(recipe, tmp_path / "even", rewards=BY_STEPS)
+    earned = [line["steps/reward"] for line in read_metrics(tmp_path / "even" / "metrics.jsonl") if line["kind"] == "grpo"]
+    assert sum(earned[-3:]) > sum(earned[:3]) + 0.3
+
+
+def test_a_recipe_scores_steps_with_process_supervision_alone(start: Path, tmp_path: Path) -> None:
+    steps = [{"name": "steps"}, {"name": "answer", "weight": 0.0}]
+    run = SECTIONS["run"] | {"steps": 1}
+    penalty = {"overlong": "penalty", "overlong_buffer": 6}
+    train(recipe_of(start, supervision="process", reward=steps, run=run, objective=penalty), tmp_path / "a")
+    assert all(row["steps"][-1]["end"] == row["num_tokens"] - 1 for row in read_metrics(tmp_path / "a" / grpo.ROLLOUTS))
+    for sections in ({"supervision": "process"}, {"reward": steps}, {"supervision": "process", "reward": steps, "preset": "v2"}):
+        with pytest.raises(ConfigError, match="supervision = "):
+            train(recipe_of(start, **sections), tmp_path / "b")
+    assert not (tmp_path / "b").exists(), "nothing has begun"
+
+
+@pytest.mark.parametrize("advantage", ["zscore", "none"])
+def test_groups_with_equal_rewards_are_drawn_anew(start: Path, tmp_path: Path, advantage: str) -> None:
+    objective = {"drop_equal_groups": True, "kl_weight": 0.0, "advantage": advantage}
+    recipe = recipe_of(start, objective=objective, run=SECTIONS["run"] | {"steps": 2})
+    picky = Rewards([Part("picky", lambda rollouts: [1.0 + (r.group == 4 and r.index == 0) for r in rollouts])])
     train(recipe, tmp_path / "run", rewards=picky)
     first = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo")
     assert first["learned_from"] == 4 and first["consumed_prompts"] == 3 + 3 + 2  # three rounds; group 4 of the second one teaches
+
+
+@pytest.fixture
+def some_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of all tokens ends an answer."""
+    monkeypatch.setattr(rollout_file, "stop_ids", lambda tokenizer: (tokenizer.eos_id, *range(0, tokenizer.num_tokens, 8)))
+
+
+@pytest.mark.usefixtures("some_end_early")
+def test_dapo_asks_for_right_answers_beside_wrong_ones_and_pays_less_for_long_ones(start: Path, tmp_path: Path) -> None:
+    """Rewards differ in the second group alone; lengths differ in others, too."""
+    recipe = recipe_of(start, preset="dapo", objective={"overlong_buffer": 11}, run=SECTIONS["run"] | {"steps": 1})
+    right = Rewards([Part("right", lambda rollouts: [float(r.group == 1 and r.index < 2) for r in rollouts])])
+    train(recipe, tmp_path / "run", rewards=right)
+    rows = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    assert {row["group"] for row in rows if row["learned"]} == {1} and {row["group"] for row in rows} > {0, 1, 2}
+    assert any(len({row["num_tokens"] for row in rows if row["group"] == group}) > 1 for group in (0, 2))
+    for row in rows:
+        assert row["rewards"]["overlong"] == pytest.approx(-max(0, row["num_tokens"] - 1) / 11)
+        assert row["reward"] == pytest.approx(row["rewards"]["right"] + row["rewards"]["overlong"])
+    again = load_recipe(str(tmp_path / "run" / "recipe.toml"), GrpoRecipe, folder="grpo")
+    assert again.objective == grpo.objective_of(again) == grpo.objective_of(recipe), "it is written as it was used"
+
+
+@pytest.mark.usefixtures("some_end_early")
+def test_cut_answers_can_be_left_out(start: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(start, objective={"overlong": "mask"}, run=SECTIONS["run"] | {"steps": 1})
+    odd = Rewards([Part("odd", lambda rollouts: [None if r.index == 0 else len(r.tokens) % 2 for r in rollouts])])
+    train(recipe, tmp_path / "run", rewards=odd)
+    rows = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    assert [row["learned"] for row in rows] == [row["finish_reason"] == "stop" for row in rows]
+    assert {row["learned"] for row in rows} == {True, False}
+    assert [row["index"] for row in rows if "example" in row] == [0, 0, 0]
+    line = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo")
+    assert line["unscored"] == line["rewards/odd/unscored"] == 3 and line["rewards/odd/failed"] == 0
+
+
+def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a refresh the reference is the policy: there, and only there, the KL is 0."""
+    replayed, without_graph = [], grpo.without_graph
+
+    def watched(model: Transformer, pieces: list, autocast: object) -> object:
+        replayed.append((any(p.requires_grad for p in model.parameters()), all(piece.experts is not None for piece in pieces)))
+        return without_graph(model, pieces, autocast)
+
+    monkeypatch.setattr(grpo, "without_graph", watched)
+    train(recipe_of(start), tmp_path / "two")
+    assert set(replayed) == {(True, True), (False, False)}
+    train(recipe_of(start, update={"updates": 1}), tmp_path / "one")
+    kls = [line["kl"] for line in read_metrics(tmp_path / "one" / "metrics.jsonl") if line["kind"] == "grpo"]
+    assert max(kls[0], kls[2]) < 1e-9 < 1e-6 < min(kls[1], kls[3])
+
+
+def test_a_step_without_a_score_ends_the_run(start: Path, tmp_path: Path) -> None:
+    def broken(rollouts: list[Rollout]) -> list[float]:
+        raise KeyError("tests")
+
+    for reward, reason in ((lambda rollouts: [None] * len(rollouts), "it could not tell"), (broken, "KeyError: 'tests'")):
+        with pytest.raises(DataError, match=f"step 1: none of its 12 rollouts has a score: reward 'shy': {reason}"):
+            train(recipe_of(start), tmp_path / "run", rewards=Rewards([Part("shy", reward)]))
+
+
+def test_a_run_goes_on_with_the_reward_model_that_it_began_with(
+    start: Path, tmp_path: Path, policy: Transformer, tokenizer: Tokenizer
+) -> None:
+    for seed in (0, 1):
+        model = RewardModel(policy.config)
+        initialise(model, seed)
+        save_reward_model(tmp_path / f"rm-{seed}", model, tokenizer)
+    (tmp_path / "rm").symlink_to("rm-0")
+    recipe = recipe_of(start, reward=[{"name": "model", "folder": str(tmp_path / "rm")}], run=SECTIONS["run"] | {"steps": 1})
+    for _ in range(2):
+        train(recipe, tmp_path / "run")
+    (tmp_path / "rm").unlink()
+    (tmp_path / "rm").symlink_to("rm-1")
+    with pytest.raises(ConfigError, match="began with another reward model than .*rm holds now"):
+        train(recipe, tmp_path / "run")
+
+
+def test_a_run_that_has_not_learned_yet_goes_on(start: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(start, objective={"drop_equal_groups": True}, run=SECTIONS["run"] | {"steps": 2})
+    same = Rewards([Part("same", lambda rollouts: [1.0] * len(rollouts))])
+    train(recipe, tmp_path / "run", rewards=same)
+    shutil.rmtree(tmp_path / "run" / "step-2")
+    train(recipe, tmp_path / "run", rewards=same)  # from a checkpoint before the first optimiser step
+    before = load_model(start).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in load_model(tmp_path / "run" / "step-2").state_dict().items())
+
+
+def test_a_model_alone_is_enough(start: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": n}) + "\n" for n in range(4)))
+    few = ["run.steps=1", "rollout.prompts=2", "rollout.group_size=2", "task.held_out=1", "task.samples=1"]
+    command = ["grpo", str(start), *few, "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), GrpoRecipe, folder="grpo")
+    assert (resolved.run.seq_len, resolved.rollout.max_tokens) == (128, 64)  # the model's context and half of it
+    assert main([*command, "--resume"]) == 0
 
 
 def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
@@ -118,23 +298,74 @@ def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
         assert found.ratio == objective.ratio and found.kl_weight == objective.kl_weight
     assert grpo.objective_of(recipe_of(start, preset="dr_grpo")).constant_len == 12
     assert grpo.objective_of(recipe_of(start, objective={"normalise": "constant"})).constant_len == 12
-    with pytest.raises(ConfigError, match="both set the objective"):
-        grpo.objective_of(recipe_of(start, preset="v2", objective={"clip_low": 0.1}))
+    assert len({str(objective) for objective in PRESETS.values()}) == len(PRESETS), "a plan tells them apart"
+    longer = recipe_of(start, preset="dapo", rollout=SECTIONS["rollout"] | {"max_tokens": 4096})
+    assert grpo.objective_of(longer).overlong_buffer == 819 and grpo.objective_of(recipe_of(start, preset="dapo")).overlong_buffer == 2
 
 
-def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path) -> None:
+def test_what_is_stated_goes_before_the_preset(start: Path) -> None:
+    assert grpo.objective_of(recipe_of(start, preset="v2", objective={"ratio": "token"})) == PRESETS["deepseekmath"]
+    found = grpo.objective_of(recipe_of(start, preset="dapo", objective={"clip_high": 0.2, "overlong_buffer": 7}))
+    assert found == PRESETS["dapo"].model_copy(update={"clip_high": 0.2, "overlong_buffer": 7})
+    assert grpo.objective_of(recipe_of(start, objective={"overlong": "penalty"})).overlong_buffer == 2
+    with pytest.raises(ConfigError, match="overlong_buffer = 13 tokens; allowed are 1 to 12"):
+        grpo.objective_of(recipe_of(start, objective={"overlong": "penalty", "overlong_buffer": 13}))
+
+
+def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path, tokenizer: Tokenizer) -> None:
+    def opened(rows: list[dict], **task: object) -> Prompts:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return open_prompts(recipe_of(start, task=task), tokenizer, [tmp_path / "a.jsonl"])
+
     rows = [{"prompt": f"What is {n}?", "answer": n} for n in range(10)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    task = recipe_of(start, task={"held_out": 3}).task
-    prompts = open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    prompts = opened(rows, held_out=3)
     taken = [example["answer"] for example in prompts.take(0, 7)]
     assert len(set(taken)) == 7 and not set(taken) & {example["answer"] for example in prompts.held_out}
     assert [example["answer"] for example in prompts.take(7, 7)] != taken
-    (tmp_path / "a.jsonl").write_text('{"question": "?"}')
-    with pytest.raises(DataError, match=r'a.jsonl:1: a row needs "messages" or "prompt"; here are question'):
-        open_prompts(task, [tmp_path / "a.jsonl"], seed=1)
+    answered = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]
+    useless = [
+        {"question": "?"}, {"messages": answered}, {"messages": [{"role": "user", "content": 5}]}, {"prompt": "12 + 34 " * 60},
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="4 of 14 prompt rows are refused, more than task.max_refused = 0.05") as error:
+        opened(rows + useless, held_out=3)
+    for reason in (
+        r'a row needs "messages" or "prompt"; here are question \(first: .*a.jsonl:11\)', r"nothing to answer \(first: .*:12\)",
+        r"content is of type int, not text \(first: .*:13\)", r"longer than 84 tokens, which run.seq_len = 96 leaves .*:14\)",
+    ):  # fmt: skip
+        assert re.search(reason, str(error.value)), reason
+    kept = opened(rows + useless, held_out=3, max_refused=1)
+    assert (kept.fingerprint, len(kept.report)) == (prompts.fingerprint, 5)
+    with pytest.raises(DataError, match=r"a.jsonl:14 takes \d+ tokens; with rollout.max_tokens = 12 that is beyond run.seq_len = 96"):
+        opened(rows + useless, max_refused=1, too_long="error")
     with pytest.raises(ConfigError, match="files or from a task"):
-        open_prompts(task, [], seed=1)
+        open_prompts(recipe_of(start, task={}), tokenizer, [])
+
+
+def test_a_question_that_is_there_twice_is_on_one_side(tmp_path: Path, start: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": f"What is {n}?", "source": source} for source in "abc" for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for held_out in range(1, 12):
+        prompts = open_prompts(recipe_of(start, task={"held_out": held_out}), tokenizer, [tmp_path / "a.jsonl"])
+        asked = [{example["messages"][0]["content"] for example in side} for side in (prompts.held_out, prompts.take(0, len(prompts)))]
+        assert not asked[0] & asked[1]
+        assert held_out <= len(prompts.held_out) <= held_out + 2
+
+
+def test_an_answer_is_the_content_that_the_template_holds(tokenizer: Tokenizer) -> None:
+    v2 = tokenizer.with_template("v2")
+    messages = [{"role": "user", "content": "What is 12 + 34?"}, {"role": "assistant", "content": "The answer is 46."}]
+    prompt, whole = render(v2, messages[:1], add_generation_prompt=True).tokens, render(v2, messages).tokens
+    draft = _Draft(tuple(prompt), {"messages": messages[:1]}, 0, 0)
+    draft.tokens, draft.finish_reason = whole[len(prompt) :], "stop"
+    assert draft.finished(SimpleNamespace(tokenizer=v2)).text == "The answer is 46."
+
+
+def test_an_answer_without_a_score_leaves_the_others_their_pass_at_k(llm: LLM) -> None:
+    judge = Rewards([Part("right", lambda rollouts: [None if (r.group, r.index) == (0, 0) else float(r.index == 1) for r in rollouts])])
+    examples = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
+    found = evaluate(llm, examples, judge, samples=3, max_tokens=2, seed="0")
+    assert found["reward"] == pytest.approx(3 / 8) and found["right/pass@3"] == 1.0
+    assert found["right/pass@1"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
 
 
 def test_pass_at_k_is_unbiased() -> None:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from dsv2.config import load_recipe
-from dsv2.errors import ConfigError
+from dsv2.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from dsv2.rl import reward as reward_file
 from dsv2.rl.reward import Part, Rewards, RewardSection, Scores, open_rewards
+from dsv2.rl.reward_needs import require_wanted
 from dsv2.tasks.verdict import Verdict
 
 
@@ -73,23 +74,46 @@ def test_code_passes_fails_is_missing_or_could_not_be_run(monkeypatch):
     assert values_of([rollout(texts[0], example=tested), rollout(texts[0])], name="code") == [1.0, None]
 
 
-def test_a_reward_model_sees_the_tokens_and_is_opened_once(monkeypatch):
-    seen = []
+class FakeRewardModel:
+    def __init__(self, folder, tokenizer, seq_len):
+        assert (folder, tokenizer, seq_len) == ("rm", "the policy's", 9)
 
-    class RewardModel:
-        @classmethod
-        def load(cls, folder):
-            seen.append(folder)
-            return cls()
+    def score(self, rows):
+        return [float(sum(row)) for row in rows]
 
-        def score(self, rows):
-            return [float(sum(row)) for row in rows]
+    def score_steps(self, rows, places):
+        return [[float(row[place]) for place in own] for row, own in zip(rows, places, strict=True)]
 
-    monkeypatch.setitem(sys.modules, "dsv2.rl.reward_model", SimpleNamespace(RewardModel=RewardModel))
-    rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")])
-    assert seen == [], "not before it is needed"
-    assert [rewards.score(NUMBERED).total for _ in range(2)] == [[3.0, 4.0, 5.0, 6.0]] * 2
-    assert seen == ["rm"]
+
+def test_a_reward_model_sees_the_tokens_of_whole_answers_or_of_steps(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dsv2.rl.reward_model", SimpleNamespace(OffloadedRewardModel=FakeRewardModel))
+    rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")], "the policy's", 9)
+    assert rewards.score(NUMBERED).total == [3.0, 4.0, 5.0, 6.0] and not rewards.step_labels
+    said = rollout("a;b")
+    said.text_ends = (1, 2, 3)
+    scores = open_rewards([RewardSection(name="model", folder="rm", steps=True, delimiter=";")], "the policy's", 9).score([said])
+    assert scores.steps == [[(1, float(ord(";"))), (2, float(ord("b")))]]
+    assert scores.total == scores.parts["model"] == [(ord(";") + ord("b")) / 2]
+
+
+@pytest.mark.parametrize("error", [CheckpointError("no such folder"), ConfigError("no such level"), MissingExtra("sympy", "eval", "it")])
+def test_what_is_wrong_with_a_reward_itself_is_an_error_and_not_a_missing_score(error):
+    def gone(rollouts):
+        raise error
+
+    with pytest.raises(type(error)):
+        Rewards([Part("model", gone)]).score(NUMBERED)
+
+
+def test_prompts_have_what_paid_rewards_judge_by():
+    whole = {"messages": [], "answer": 0, "test_list": ["assert f(1) == 2"]}
+    without_answer, without_tests = [{k: v for k, v in whole.items() if k != name} for name in ("answer", "test_list")]
+    for name, lacking, problem in (("answer", without_answer, 'no "answer"'), ("steps", without_answer, 'no "answer"'),
+                                   ("code", without_tests, "no tests of a known form")):  # fmt: skip
+        require_wanted([RewardSection(name=name), RewardSection(name="length", most_tokens=9)], [whole] * 2)
+        require_wanted([RewardSection(name=name, weight=0.0)], [lacking])
+        with pytest.raises(DataError, match=f"the reward 'mine' cannot judge 1 of 3 prompts: .*{problem}"):
+            require_wanted([RewardSection(name=name, label="mine")], [whole, lacking, whole])
 
 
 def test_the_sum_is_weighted_and_none_where_a_part_that_counts_is():
@@ -153,6 +177,53 @@ def test_scores_join():
     assert longer.total == [-1.0, 0.5, None, 3.0] and longer.parts["overlong"] == [-1.0, -0.5, 0.0, 0.0]
 
 
+# Steps -----------------------------------------------------------------------------------------------------------------------------------
+
+
+LONG = [rollout(tokens=[i, 0, 0, 0, 0, 0]) for i in range(3)]
+
+
+def test_steps_add_up_where_they_end_and_whole_answers_are_paid_with_the_last():
+    fine = fixed([(0, 1.0), (3, 0.0), (5, 0.5)], [(4, 1.0)], None)
+    coarse = fixed([(3, 0.2), (4, 0.4)], [(1, 0.0)], [(5, 1.0)])
+    parts = [
+        Part("fine", fine, 2.0, of_steps=True), Part("coarse", coarse, of_steps=True), Part("right", fixed(1.0, 0.5, 1.0), 0.1),
+        Part("seen", fixed([(2, 9.0)], [(2, 9.0)], [(2, 9.0)]), 0.0, of_steps=True),
+    ]  # fmt: skip
+    rewards = Rewards(parts)
+    assert rewards.step_labels == ("fine", "coarse") and rewards.labels == ("fine", "coarse", "right", "seen")
+    scores = rewards.score(LONG)
+    assert scores.parts["fine"] == [0.5, 1.0, None] and scores.parts["seen"] == [9.0] * 3
+    assert scores.total == [pytest.approx(2 * 0.5 + 0.3 + 0.1), pytest.approx(2 * 1.0 + 0.05), None]
+    assert scores.steps == [[(0, 2.0), (3, 0.2), (4, 0.4), (5, pytest.approx(1.1))], [(1, 0.0), (4, pytest.approx(2.05))], None]
+    joined = (Scores.empty() + scores).with_part("overlong", [-1.0, 0.0, -1.0])
+    assert joined.steps == [[(0, 2.0), (3, 0.2), (4, 0.4), (5, pytest.approx(0.1))], scores.steps[1], None]
+    assert joined.total == [pytest.approx(0.4), scores.total[1], None]
+
+
+def test_steps_that_are_not_paid_are_steps_of_0():
+    steps = fixed([(2, 1.0), (5, 1.0)], [(2, 1.0), (5, 1.0)], None)
+    parts = [Part("right", fixed(1.0, 0.0, 0.0), 0.5), Part("steps", steps, only_with="right", of_steps=True)]
+    scores = Rewards(parts).score(LONG)
+    assert scores.total == [1.5, 0.0, 0.0]
+    assert scores.steps == [[(2, 1.0), (5, 1.5)], [(2, 0.0), (5, 0.0)], [(5, 0.0)]]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [(3, 1.0), (3, 1.0)], [(4, 1.0), (2, 1.0)], [(6, 1.0)], [(-1, 1.0)], [(0, float("nan"))], 1.0, [1.0]]
+)
+def test_steps_that_cannot_be_are_no_score(wrong, capsys):
+    scores = Rewards([Part("odd", fixed([(5, 1.0)], wrong, [(0, 1.0)]), of_steps=True)]).score(LONG)
+    assert scores.total == [1.0, None, 1.0] and scores.failed == {"odd": 1} and scores.steps[1] is None
+    assert "no score for 1 of 3 rollouts" in " ".join(capsys.readouterr().err.split())
+
+
+def test_whole_answers_have_no_steps():
+    assert Rewards([Part("a", fixed(0.0, 1.0, 2.0)), Part("seen", fixed(*[[(5, 1.0)]] * 3), 0.0, of_steps=True)]).score(LONG).steps == []
+    with pytest.raises(ConfigError, match="the reward 'a' scores steps, which other answers do not have"):
+        Rewards([Part("a", fixed(), shuffled=True, of_steps=True)])
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [
@@ -162,6 +233,9 @@ def test_scores_join():
         ('name = "length"\nleast_tokens = 5\nmost_tokens = 4', "least_tokens = 5 and most_tokens = 4 allow no answer"),
         ('name = "model"', "the reward 'model' needs a folder"),
         ('name = "anser"', "did you mean 'answer'"),
+        ('name = "steps"\nsteps = true', "steps is no option of the reward 'steps'"),
+        ('name = "model"\nfolder = "a"\ndelimiter = ";"', "add steps = true"),
+        ('name = "model"\nfolder = "a"\nsteps = true\ndelimiter = ""', "delimiter"),
     ],
 )
 def test_bad_sections_are_refused(tmp_path, section, says):
@@ -175,8 +249,8 @@ def test_bad_sections_are_refused(tmp_path, section, says):
 
 
 def test_labels_must_fit():
-    with pytest.raises(ConfigError, match="two rewards are called 'model'"):
-        open_rewards([RewardSection(name="model", folder="a"), RewardSection(name="model", folder="b")])
+    with pytest.raises(ConfigError, match="two rewards are called 'length'"):
+        open_rewards([RewardSection(name="length", most_tokens=4), RewardSection(name="length", most_tokens=9)])
     with pytest.raises(ConfigError, match="only_with = 'anser' of the reward 'length' is none of answer, length"):
         open_rewards([RewardSection(name="answer"), RewardSection(name="length", most_tokens=9, only_with="anser")])
     with pytest.raises(ConfigError, match="no reward has a weight"):

@@ -2,24 +2,31 @@
 
 import json
 import math
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from preference_runs import make_pairs, make_start, make_tokenizer, reward_recipe, with_threads
+from preference_runs import SHAPE, make_pairs, make_start, make_tokenizer, reward_recipe, with_threads
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.cli import main
+from dsv2.config import load_recipe
 from dsv2.data.loader import sequential_batches
-from dsv2.errors import CheckpointError, DataError, RequestError
+from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
+from dsv2.model.init import initialise
+from dsv2.presets import preset
 from dsv2.progress import read_metrics
 from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
-from dsv2.rl.preference_recipe import RewardLossSection
+from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
 from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_losses import bradley_terry, logistic
-from dsv2.rl.reward_model import RewardModel, save_reward_model
-from dsv2.rl.reward_training import RewardObjective, form_of, train_reward_model
+from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
+from dsv2.rl.reward_training import RewardObjective, form_of, held_out_figures, train_reward_model
+from dsv2.tokenizer.train import train_tokenizer
+from dsv2.train.muon import hidden_matrices
 from train.training_runs import require_equal, stopping_after
 
 
@@ -56,6 +63,12 @@ def trained(start, pairs, out, **sections):
     return train_reward_model(recipe, opened, data, out), data
 
 
+def test_muon_has_the_matrices_that_it_has_in_a_language_model(start, pairs, tmp_path):
+    model, _ = trained(start, pairs, tmp_path, optimizer={"kind": "muon"})
+    assert hidden_matrices(model).keys() == hidden_matrices(load_model(start)).keys()
+    assert any(model.score_head.weight.flatten().tolist())
+
+
 def test_losses_are_their_formulas():
     torch.manual_seed(0)
     good, bad = torch.randn(2, 7, dtype=torch.float64, requires_grad=True).unbind()
@@ -81,6 +94,61 @@ def test_a_score_is_the_same_alone_and_among_others(model):
         model.score([[1], [1] * 65])
 
 
+def test_the_reward_of_a_step_is_that_of_the_answer_up_to_its_end(model):
+    rng = np.random.default_rng(1)
+    answers = [rng.integers(0, 300, size=n).tolist() for n in (5, 60, 1, 33)]
+    ends = [[0, 2, 4], [10, 59], [0], [31]]
+    alone = [model.score([ids[: end + 1] for end in own]) for ids, own in zip(answers, ends, strict=True)]
+    for tokens_at_once in (1, 10_000):
+        found = model.score_steps(answers, ends, tokens_at_once=tokens_at_once)
+        for own, expected in zip(found, alone, strict=True):
+            assert own == pytest.approx(expected, abs=1e-5)
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what lies in memory")
+def test_an_idle_reward_model_takes_no_memory(tmp_path, monkeypatch):
+    model = RewardModel(preset("tour", vocab_size=2**17, **SHAPE | {"hidden_size": 128}))
+    initialise(model, 0)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    expected = model.score([[1, 2, 3]])
+    del model
+    seen, scored = [], RewardModel.score_steps
+
+    def watched(model, *arguments, **options):
+        seen.append(resident())
+        return scored(model, *arguments, **options)
+
+    monkeypatch.setattr(RewardModel, "score_steps", watched)
+    before = resident()
+    offloaded = OffloadedRewardModel(tmp_path / "rm")
+    idle = resident()
+    for _ in range(2):
+        assert offloaded.score([[1, 2, 3]]) == expected
+    (first, second), after = seen, resident()
+    print(f"weights {weights / 1e6:.1f} MB; idle {(idle - before) / 1e6:+.1f}, scoring {(first - before) / 1e6:+.1f}, {after - before:+,}")
+    assert min(first, second) - before > 0.9 * weights, "then it is there"
+    assert max(idle, after) - before < 0.1 * weights
+
+
+def test_a_reward_model_that_does_not_fit_is_refused_at_once(model, start, tmp_path):
+    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    OffloadedRewardModel(tmp_path / "rm", make_tokenizer())
+    with pytest.raises(ConfigError, match="has another tokenizer than the policy"):
+        OffloadedRewardModel(tmp_path / "rm", train_tokenizer(["other words"], vocab_size=384))
+    with pytest.raises(ConfigError, match=r"reads 64 tokens; prompts and answers may have run.seq_len = 65"):
+        OffloadedRewardModel(tmp_path / "rm", make_tokenizer(), 65)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        OffloadedRewardModel(tmp_path / "none")
+    with pytest.raises(CheckpointError):
+        OffloadedRewardModel(start)
+
+
 def test_a_packed_batch_has_the_loss_of_its_pairs_alone(start, pairs, model):
     recipe = reward_recipe(start)
     rows = open_preferences(recipe, open_start(recipe, None).tokenizer, [pairs], form=form_of(recipe.loss)).rows
@@ -91,6 +159,17 @@ def test_a_packed_batch_has_the_loss_of_its_pairs_alone(start, pairs, model):
     assert sum(objective.losses(model, batch, recompute=False).nll.item() for batch in batches) == pytest.approx(expected, abs=1e-3)
     assert sum(objective.count(batch) for batch in batches) == len(scores) // 2
     assert len(rows) < len(scores) // 2, "several pairs in a row"
+
+
+def test_held_out_loss_of_soft_labels_is_the_cross_entropy(start, model, tmp_path):
+    labels = [0.1 * n for n in range(11)]
+    rows = ({"prompt": f"{n} river", "completion": "stone", "score": label} for n, label in enumerate(labels))
+    (tmp_path / "soft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = reward_recipe(start, loss={"kind": "logistic"}, data={"validation_share": 0})
+    packed = open_preferences(recipe, make_tokenizer(), [tmp_path / "soft.jsonl"], form=form_of(recipe.loss)).rows
+    rewards = torch.tensor(model.score([tokens.tolist() for tokens in packed.answers.tokens]), dtype=torch.float64)
+    expected = logistic(rewards, torch.tensor(packed.answers.scores, dtype=torch.float64)).mean().item()
+    assert held_out_figures(model, packed, recipe.loss, 2, None)["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_transformers_reads_the_folder_and_gives_the_same_scores(model, tmp_path):
@@ -131,16 +210,18 @@ def test_stopped_and_resumed_is_undisturbed(start, pairs, tmp_path, monkeypatch)
 
 
 def test_the_command_trains_and_the_run_goes_on_from_a_reward_model(start, pairs, tmp_path, capsys):
-    small = ["run.seq_len=96", "batch.sequences=4", "batch.micro_sequences=2", "run.precision=fp32"]
+    small = ["batch.sequences=4", "batch.micro_sequences=2", "run.precision=fp32"]
     assert main(["reward", str(start), *small, "--data", str(pairs), "--out", str(tmp_path / "run")]) == 0
-    assert "150 as pair" in capsys.readouterr().err
+    assert "150 of them preferences: 150 as pair" in capsys.readouterr().err
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), RewardRecipe, folder="reward")
+    assert resolved.run.seq_len == 128, "the contexts of two answers"
     again = ["reward", str(tmp_path / "run"), *small, "--data", str(pairs), "--out", str(tmp_path / "more")]
     assert main(again) == 0
     assert main(again) == 2
     assert "--resume" in capsys.readouterr().err
     scored = tmp_path / "scored.jsonl"
     scored.write_text(json.dumps({"prompt": "a", "completion": "b", "score": 3}) + "\n")
-    with pytest.raises(DataError, match="takes 0 to 1"):
+    with pytest.raises(DataError, match="beyond 0 to 1"):
         open_preferences(reward_recipe(start), make_tokenizer(), [scored], form=form_of(RewardLossSection(kind="logistic")))
 
 

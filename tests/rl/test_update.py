@@ -1,16 +1,22 @@
 """What the trainer makes of rollouts: the engine's log-probabilities, a gradient that cutting does not change, an alarm that rings."""
 
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from dsv2.engine.llm import LLM
+from dsv2.engine.request import Output, TokenLogprob
+from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
+from dsv2.rl import update as update_file
 from dsv2.rl.objective import Objective
-from dsv2.rl.rollout import Rollout, draw
+from dsv2.rl.rollout import Rollout, _Draft, draw
 from dsv2.rl.tools import Calculator
-from dsv2.rl.update import LogProbsDiffer, agreement, log_probs, pad, update, without_graph
+from dsv2.rl.update import LogProbsDiffer, UpdateResult, agreement, log_probs, pad, teaching, update, without_graph
 from dsv2.train.losses import BalanceSection
 
 QUESTIONS = [
@@ -32,6 +38,34 @@ def test_engine_and_trainer_agree_on_every_token(llm: LLM, policy: Transformer, 
     assert found.largest <= 1e-5 and abs(found.ratio_mean - 1) < 1e-5
 
 
+def test_every_token_goes_to_the_experts_of_its_rollout(llm: LLM, policy: Transformer) -> None:
+    """Experts that no router would choose: what a padded batch says is what the model says of each rollout alone, sent there."""
+    rollouts = [replace(r, experts=(r.experts + 1) % 8) for r in drawn(llm)]
+    apart = 0.0
+    for piece in pad(rollouts, micro_tokens=10_000, replay=True):
+        found = log_probs(policy, piece)[0]
+        own_choice = log_probs(policy, replace(piece, experts=None))[0]
+        apart = max(apart, (found - own_choice).abs().max().item())
+        for row, r in zip(found, (rollouts[i] for i in piece.rows.tolist()), strict=True):
+            read = torch.tensor([[*r.prompt_tokens, *r.tokens[:-1]]])
+            hidden = policy(read, experts=torch.from_numpy(r.experts.astype(np.int64)).transpose(0, 1)[:, None]).hidden
+            alone = policy.logits(hidden)[0, len(r.prompt_tokens) - 1 :].log_softmax(-1)
+            torch.testing.assert_close(row[: len(r.tokens)], alone[range(len(r.tokens)), list(r.tokens)], rtol=0, atol=1e-5)
+    assert apart > 1e-2, "they matter"
+
+
+def test_a_single_token_rings_the_alarm(llm: LLM, policy: Transformer) -> None:
+    rollouts = drawn(llm)
+    pieces = pad(rollouts, micro_tokens=10_000, replay=True)
+    trainer = without_graph(policy, pieces, nullcontext())
+    tokens = sum(int(piece.mask.sum()) for piece in pieces)
+    trainer[0][0, 1] += 1.0
+    assert tokens > 110
+    agreement(rollouts, pieces, trainer, alarm=0.0101, step=1)
+    with pytest.raises(LogProbsDiffer, match=r"the engine drew token 1 of .* 1 here"):
+        agreement(rollouts, pieces, trainer, alarm=0.0099, step=1)
+
+
 def test_stale_rollouts_ring_the_alarm_and_nothing_is_learned(llm: LLM, policy: Transformer) -> None:
     rollouts = drawn(llm)
     with torch.no_grad():
@@ -43,19 +77,118 @@ def test_stale_rollouts_ring_the_alarm_and_nothing_is_learned(llm: LLM, policy: 
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
-def test_a_step_is_the_same_however_the_batch_is_cut(llm: LLM, policy: Transformer) -> None:
+@pytest.mark.parametrize(("of_tokens", "expert"), [(False, 0.0), (True, 0.0), (False, 0.1)])
+def test_a_step_is_the_same_however_the_batch_is_cut(llm: LLM, policy: Transformer, of_tokens: bool, expert: float) -> None:
     rollouts = drawn(llm)
     moved = []
     start = {name: value.clone() for name, value in policy.state_dict().items()}
+    values = torch.randn(9, 20, generator=torch.Generator().manual_seed(0)) if of_tokens else torch.linspace(-1, 1, 9)
     for micro_tokens in (1, 100, 10_000):
         policy.load_state_dict(start)
-        learn(policy, rollouts, pad(rollouts, micro_tokens=micro_tokens, replay=True), alarm=1e-5)
+        pieces = pad(rollouts, micro_tokens=micro_tokens, replay=True)
+        learn(policy, rollouts, pieces, values, alarm=1e-5, balance=BalanceSection(expert=expert))
         moved.append(torch.cat([parameter.detach().flatten() for parameter in policy.parameters()]))
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=2e-6)
     torch.testing.assert_close(moved[0], moved[2], rtol=0, atol=2e-6)
     assert (
         moved[0] - torch.cat([value.flatten() for name, value in start.items() if name in dict(policy.named_parameters())])
     ).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro-batch"])
+def test_padding_is_no_load(policy: Transformer, scope: str) -> None:
+    draws, losses = torch.Generator().manual_seed(0), []
+    affinity, experts = torch.rand(2, 6, 8, generator=draws), torch.randint(0, 8, (2, 6, 2), generator=draws)
+    for padding in (0, 7):
+        affinity[1, 4:], experts[1, 4:] = affinity[1, 4:] + padding, padding
+        stats = (RouterStats(1, affinity.clone(), experts.clone()),)
+        losses.append(update_file._balance(stats, torch.tensor([6, 4]), BalanceSection(expert=1.0, scope=scope), policy.config))
+    assert losses[0] == losses[1] > 0
+    whole = update_file._balance(stats, torch.tensor([6, 6]), BalanceSection(expert=1.0, scope=scope), policy.config)
+    assert whole != losses[0]
+
+
+def test_an_advantage_of_a_token_moves_that_token_alone(llm: LLM, policy: Transformer) -> None:
+    """With advantage 1 at one token of one rollout, the step is that of the gradient of this token's log-probability."""
+    rollouts = drawn(llm)
+    row, token = 4, 2
+    values = torch.zeros(9, 20)
+    values[row, token] = 1.0
+    pieces = pad(rollouts, micro_tokens=10_000, replay=True)
+    place = next((piece, piece.rows.tolist().index(row)) for piece in pieces if row in piece.rows)
+    wanted = torch.autograd.grad(log_probs(policy, place[0])[0][place[1], token], policy.lm_head.weight)[0]
+    before = policy.lm_head.weight.detach().clone()
+    learn(policy, rollouts, pieces, values, alarm=1e-5)
+    moved = policy.lm_head.weight.detach() - before
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.9999
+
+
+def test_what_has_no_gradient_goes_forward_only(llm: LLM, policy: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of equal rewards without KL: its rollouts count, are compared with the engine's, and cost no backward pass."""
+    rollouts, passes, forward = drawn(llm), [], log_probs
+
+    def watched(model: Transformer, piece: object, **options: object) -> object:
+        passes.append((piece.rows.tolist(), torch.is_grad_enabled()))
+        return forward(model, piece, **options)
+
+    values = torch.tensor([0.0, 0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    start = {name: value.clone() for name, value in policy.state_dict().items()}
+    learn(policy, rollouts, pad(rollouts, micro_tokens=10_000, replay=True), values, alarm=1e-5)
+    expected = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.load_state_dict(start)
+    teaches = teaching(values, replace_kl(Objective()), NO_BALANCE)
+    monkeypatch.setattr(update_file, "log_probs", watched)
+    learn(policy, rollouts, pad(rollouts, micro_tokens=10_000, replay=True, teaching=teaches), values, alarm=1e-5)
+    assert {row for rows, graph in passes for row in rows if graph} == {3, 4} and sum(len(rows) for rows, _ in passes) == 9
+    for name, value in policy.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-6)
+    assert not torch.equal(policy.lm_head.weight, start["lm_head.weight"])
+    for objective, balance in ((Objective(), NO_BALANCE), (replace_kl(Objective()), BalanceSection(device=0.1, expert=0.0))):
+        assert all(teaching(values, objective, balance))
+    assert all(teaching(0 * values, replace_kl(Objective()), NO_BALANCE))
+
+
+def test_weights_correct_a_sampler_that_was_another(llm: LLM, policy: Transformer) -> None:
+    """Drawn at half the probability that the trainer finds: a weight of 2, cut at 1.5, or left out above it."""
+    rollouts = [replace(r, logprobs=tuple(p - math.log(2) for p in r.logprobs)) for r in drawn(llm)]
+    start = {name: value.clone() for name, value in policy.state_dict().items()}
+    moved = []
+    for correction in ("none", "truncate", "mask"):
+        policy.load_state_dict(start)
+        objective = Objective(kl_weight=0.0, correction=correction, correction_cap=1.5)
+        learn(policy, rollouts, pad(rollouts, micro_tokens=200, replay=True), objective=objective, clip_norm=1e9)
+        moved.append(policy.lm_head.weight.detach() - start["lm_head.weight"])
+    assert moved[0].abs().max() > 1e-4 and not moved[2].any()
+    torch.testing.assert_close(moved[1], 1.5 * moved[0], rtol=0, atol=2e-6)
+
+
+def test_shares_of_outputs_weigh_each_output_alike(llm: LLM, policy: Transformer) -> None:
+    rollouts = drawn(llm)
+    rollouts[4] = replace(rollouts[4], **{name: getattr(rollouts[4], name)[:2] for name in ("tokens", "logprobs", "mask")},
+                          experts=rollouts[4].experts[: len(rollouts[4].prompt_tokens) + 1])  # fmt: skip
+    pieces = pad(rollouts, micro_tokens=1, replay=True)
+    old = [logp - 1.0 for logp in without_graph(policy, pieces, nullcontext())]
+    values = torch.full((9,), -0.1)
+    values[4] = 1.0
+    result = learn(policy, rollouts, pieces, values, objective=Objective(kl_weight=0.0, ratio="output"), old=old)
+    assert result.clipped_high == pytest.approx(1 / 9) and result.kl is None
+
+
+def test_a_prompt_is_read_once_for_all_answers_of_its_group(llm: LLM, policy: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, generate = [], llm.generate
+
+    def watched(*arguments: object, **options: object) -> list[Output]:
+        outputs.extend(generate(*arguments, **options))
+        return outputs
+
+    monkeypatch.setattr(llm, "generate", watched)
+    long = {"messages": [{"role": "user", "content": "The answer is 46. 34? " * 6}]}
+    rollouts = draw(llm, [long], group_size=3, max_tokens=8, seed="0", record_experts=True)
+    assert len(rollouts[0].prompt_tokens) > 64, "of blocks of 64 tokens"
+    assert [output.cached_tokens for output in outputs] == [0, 64, 64]
+    pieces = pad(rollouts, micro_tokens=10_000, replay=True)
+    assert agreement(rollouts, pieces, without_graph(policy, pieces, nullcontext()), alarm=1e-5, step=1).largest <= 1e-5
+    assert len({r.tokens for r in rollouts}) == 3
 
 
 def test_rollouts_repeat_with_their_seed_whatever_shares_the_batch(llm: LLM) -> None:
@@ -86,19 +219,45 @@ def test_what_a_tool_writes_is_forced_and_left_out_of_the_mask(llm: LLM, policy:
     assert not logp[~pieces[0].mask].any() and not entropy[~pieces[0].mask].any()
 
 
+def test_tokens_keep_the_experts_that_they_were_drawn_through(llm: LLM) -> None:
+    """Behind a tool's turn everything is read again; what that says of earlier tokens is not what they were drawn through."""
+
+    class Mute(Calculator):
+        def answer(self, text: str) -> str:
+            return ""
+
+    draft = _Draft((1, 2, 3), {}, 0, 0)
+    for tokens, reason, read, expert in (((5, 6), "stop", 4, 0), ((7, 8), "length", 6, 1)):
+        logprobs = tuple(TokenLogprob(token, -1.0) for token in tokens)
+        draft.add(Output("r", tokens, "", reason, logprobs, 3, experts=np.full((read, 1, 2), expert)), (), 9, Mute(), llm)
+    assert draft.finished(llm).experts[:, 0, 0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_the_calculator_answers_calls_and_nothing_else() -> None:
     answer = Calculator().answer
     assert answer("so <<12+34=") == "46>>" and answer("<<(2-5)*4/6=") == "-2>>" and answer("<<1/3=") == "1/3>>"
     assert answer("x =") == "" and answer("<<1/0=") == "?>>" and answer("<<1+=") == "?>>" and answer("<<2**9=") == "?>>"
 
 
-def learn(policy: Transformer, rollouts: list[Rollout], pieces: list, *, alarm: float) -> None:
+def learn(
+    policy: Transformer,
+    rollouts: list[Rollout],
+    pieces: list,
+    values: torch.Tensor | None = None,
+    *,
+    alarm: float | None = None,
+    objective: Objective | None = None,
+    balance: BalanceSection = NO_BALANCE,
+    clip_norm: float = 1.0,
+    old: list[torch.Tensor] | None = None,
+) -> UpdateResult:
     optimizer = torch.optim.SGD(policy.parameters())
-    values = torch.linspace(-1, 1, len(rollouts))
-    update(
-        policy, optimizer, pieces, values, replace_kl(Objective()), lr=0.1, clip_norm=1.0, balance=NO_BALANCE, autocast=nullcontext(),
-        check=lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=7),
-    )  # fmt: skip
+    if values is None:
+        values = torch.linspace(-1, 1, len(rollouts))
+    return update(
+        policy, optimizer, pieces, values, objective or replace_kl(Objective()), lr=0.1, clip_norm=clip_norm, balance=balance,
+        autocast=nullcontext(), old=old, check=lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=7),
+    )[0]  # fmt: skip
 
 
 def replace_kl(objective: Objective) -> Objective:

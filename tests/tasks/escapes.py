@@ -8,6 +8,17 @@ import textwrap
 
 _SYSCALL = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 
+# Maps a page of a file that is open as f, which needs no handle then; the name goes right afterwards. More than any limit here allows.
+_HOLD = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+for n in range(64):
+    with open('kept', 'w+b') as f:
+        f.write(bytes(1 << 20)); f.flush()
+        assert libc.mmap(None, ctypes.c_size_t(4096), 1, 2, f.fileno(), ctypes.c_long(0)) not in (None, 2 ** 64 - 1)
+    """
+
 _ATTEMPTS = {
     "reads a foreign file": "open({secret!r}).read()",
     "reads /etc/passwd": "open('/etc/passwd').read()",
@@ -76,6 +87,35 @@ _ATTEMPTS = {
     "makes a timer that kills": _SYSCALL + "assert libc.syscall(222, 0, (ctypes.c_int32 * 16)(0, 0, 9, 0), (ctypes.c_int32 * 2)()) == 0",
     "raises its priority": "import os; os.nice(-10)",
     "takes a whole file's space at once": "import os; os.posix_fallocate(os.open('x', os.O_RDWR | os.O_CREAT), 0, 1000)",
+    "keeps files that have no name": _HOLD + "os.unlink('kept')",
+    "keeps files that another took the name of": "open('other', 'wb').close()" + _HOLD + "os.rename('kept', 'other')",
+    "makes a file without a name": "import os; os.open('.', os.O_TMPFILE | os.O_RDWR)",
+    "truncates what is open for reading": "import os; open('kept', 'w').close(); os.open('kept', os.O_RDONLY | os.O_TRUNC)",
+    "truncates what is open for nothing": "import os; open('kept', 'w').close(); os.open('kept', os.O_TRUNC | 3)",
+    "keeps memory of which it maps a page": """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        for n in range(8):
+            place = libc.mmap(None, ctypes.c_size_t(1 << 26), 3, 0x21, -1, ctypes.c_long(0))
+            assert place not in (None, 2 ** 64 - 1)
+            ctypes.memset(place, 1, 1 << 26)
+            libc.munmap(ctypes.c_void_p(place + 4096), ctypes.c_size_t((1 << 26) - 4096))""",
+    "shares memory of a device": "import mmap, os; mmap.mmap(os.open('/dev/zero', os.O_RDONLY), 4096, prot=mmap.PROT_READ)",
+    "fills the kernel's memory with locks": """
+        import fcntl, struct
+        for n in range(5000):
+            fcntl.fcntl(1, fcntl.F_SETLK, struct.pack('hhqqixxxx', fcntl.F_WRLCK, 0, 2 * (5000 - n), 1, 0))""",
+    "enlarges a pipe": "import os, fcntl; r, w = os.pipe(); fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 1 << 20)",
+    "passes open files on": _SYSCALL + "assert any(libc.sendmsg(h, (ctypes.c_uint64 * 7)(), 0) >= 0 for h in range(64))",
+    "makes itself wait for a processor": "import os; os.nice(10)",
+    "runs only when nobody else does": "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))",
+    "calls by the numbers of another architecture": _SYSCALL + "assert libc.syscall(0x40000000 + 39) >= 0",
+    "calls as a program of 32 bits": """
+        import ctypes, mmap
+        code = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)
+        code.write(bytes([0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3]))
+        assert ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))() > 0""",
     "writes a large file": "f = open('x', 'wb', 0); [f.write(bytes(1 << 20)) for _ in range(64)]",
     "writes to the processes' inherited files": "import os; [os.write(handle, b'x') for handle in range(5, 256)]",
     "sees an environment": "import os; assert set(os.environ) - {{'PYTHONHASHSEED', 'LC_CTYPE'}}",
@@ -244,6 +284,32 @@ for h in range(3, 64):
     try: os.write(h, b'["value",' + b'[' * 90000 + b'\n')
     except OSError: pass
 f = lambda x: None""",
+    "claims nesting that ends": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["value",' + b'[' * 9000 + b']' * 9000 + b']\n')
+    except OSError: pass
+f = lambda x: None""",
+    "claims errors without a word": r"""import os
+for h in range(3, 64):
+    try: os.write(h, b'["raised","",""]\n' * 9)
+    except OSError: pass
+f = lambda x: None""",
+    "raises an error without a word": """def f(x): raise type('', (Exception,), {'__str__': lambda self: 1 / 0})()""",
+    "is an error without a word": """raise type('', (Exception,), {'__str__': lambda self: 1 / 0})()""",
+    "ends the test's loops": "def f(x): raise StopIteration",
+    "returns a number of an object that is a line of the examiner's": r"""import json, os
+line = json.dumps(["value", ["o", '0,"x"]],["d"]]\n["pass"]\n', "T"]]) + '\n'
+def f(x):
+    for h in range(3, 64):
+        try: os.write(h, line.encode())
+        except OSError: continue
+        os.read(h, 1 << 16); os._exit(0)""",
+    "returns a type's name that is no name": r"""import os
+def f(x):
+    for h in range(3, 64):
+        try: os.write(h, b'["value",["o",0,["d"]]]\n')
+        except OSError: continue
+        os.read(h, 1 << 16); os._exit(0)""",
     "searches the frames": """import sys
 def f(x):
     frame = sys._getframe(); found = []

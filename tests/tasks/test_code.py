@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2.errors import DataError
-from dsv2.tasks import code
+from dsv2.tasks import code, observed
 from dsv2.tasks.cases import Asserts, Calls, Check, Examination, Stdio, plan, read_tests
 from dsv2.tasks.code import extract_code, grade, grade_all
 from dsv2.tasks.inside.wire import Encoder, decode
 from dsv2.tasks.observed import equals
+from dsv2.tasks.verdict import Limits
 
 DATA = Path(os.environ.get("DSV2_DATA", "data"))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
@@ -58,8 +60,26 @@ def test_types_that_python_tells_apart():
     assert not equals(encoded("ab"), b"ab")
     assert not equals(encoded(object()), None)
     assert not equals(encoded({1, 2}), [1, 2])
+    assert not equals(encoded(iter([1, 2])), [1, 2])
     assert equals(encoded({1: True}), {1.0: 1})
     assert equals(encoded(10**5000), 10**5000)
+
+
+@pytest.mark.parametrize("fields", [["0", "T"], [True, "T"], [0.0, "T"], [0, ["d"]], [0]])
+def test_an_object_without_number_and_name_is_no_value(fields):
+    """Whatever stood for its number would go into a line of the examiner's as it came."""
+    with pytest.raises(ValueError, match="no value"):
+        decode(["l", ["o", *fields]], lambda number, _: number)
+
+
+def test_what_can_be_no_key_is_not_built(monkeypatch):
+    """To build a set of items whose hashes collide takes the judge minutes, and holds all of its threads."""
+    built = []
+    monkeypatch.setattr(observed, "decode", lambda wire, thing: (built.append(wire), decode(wire, thing))[1])
+    for kind in ("l", "s", "d", "g", "o", "x"):
+        assert not equals(["s", [kind, 1, 2]], {1})
+        assert not equals(["d", [kind, 1, 2], 1], {1: 1})
+    assert built == []
 
 
 NODE = "class Node: left = None\ndef depth(n): return "
@@ -78,6 +98,10 @@ def test_what_may_go_in_and_what_stays_outside():
     ):
         assert isinstance(plan(Asserts((statement,), "from math import isclose")), Examination), statement
     assert plan(Asserts(("assert f(2) == math.pi",))).names == ("f",)
+    for statement in ("assert Stack([1]).pop() == 1", "assert Stack([1]).size == 1"):
+        assert isinstance(plan(Asserts((statement,))), Calls), statement
+    for statement in ("assert f(2).issuperset({1}) == True", "assert Counter(f(2)).total() == 1", "assert math.floor(f(2)) == 1"):
+        assert isinstance(plan(Asserts((statement,), "from collections import Counter")), Examination), statement
 
 
 @linux
@@ -104,6 +128,9 @@ def test_what_may_go_in_and_what_stays_outside():
             "f = lambda x: x - 1",
             "f = helper = lambda x: x",
         ),
+        (Asserts(("assert list(f(3)) == [0, 1, 2]",)), "f = lambda n: (i for i in range(n))", "f = lambda n: iter([0, 1])"),
+        (Asserts(("assert sum(f(g(3))) == 3",)), "g = range\ndef f(x): yield from x", "g = f = lambda x: iter([1])"),
+        (Asserts(("assert Sum().of([1, 2]) == 3",)), "class Sum:\n    def of(self, x): return sum(x)", "class Sum: of = len"),
         (Stdio((("2 3\n", "5"), ("10 -4\n", "6\n"))), "print(sum(map(int, input().split())), ' ')", "print(5)"),
     ],
 )
@@ -144,8 +171,41 @@ def test_partial_marks_and_reasons():
 
 
 @linux
+def test_what_a_program_says_is_shown_on_one_line():
+    program = "def f(): raise ValueError('a\\n\\x1b[2Jb\\ud800')"
+    assert grade(program, Asserts(("assert f() == 1",))).detail == "test 1: ValueError: a  [2Jb "
+
+
+@linux
+def test_what_is_nested_too_deeply_is_the_program_s_mistake():
+    """Some versions of Python read more than they can pass on; here the recursion limit makes this one do so."""
+    program = r"""import os
+def f(x):
+    for h in range(3, 64):
+        try: os.write(h, b'["value",' + b'[' * 5000 + b']' * 5000 + b']\n')
+        except OSError: pass"""
+    deepest = f"f = lambda x: {'[' * 90}{']' * 90}"
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        for tests in (Asserts(("assert f(3) in (1, 2)",)), Asserts(("assert f(3) == 1",))):
+            assert "nonsense" in grade(program, tests).detail
+    finally:
+        sys.setrecursionlimit(limit)
+    assert grade(deepest, Asserts((f"assert f(3) in ({'[' * 90}{']' * 90}, 1)",))).outcome == "pass"
+
+
+@linux
+def test_files_only_where_limits_allow_them():
+    program = "def f(): return open('x', 'w').write('abc')"
+    tests = Asserts(("assert f() == 3",))
+    assert "PermissionError" in grade(program, tests).detail
+    assert grade(program, tests, Limits()).outcome == "pass"
+
+
+@linux
 def test_tests_that_do_not_run_say_nothing_about_a_program():
-    for tests in (Asserts(("assert f(1) = 1",)), Asserts(("assert f(1) < 2",), "import no_such_module"), Check("x = (", "f")):
+    for tests in (Asserts(("assert f(1) = 1",)), Asserts(("assert f(1) < 2",), "import no_such_module"), Check("x = (", "f"), Asserts(())):
         assert grade("f = lambda x: 1", tests).score is None
 
 
@@ -158,6 +218,15 @@ def test_verdicts_come_in_the_order_of_the_programs():
     assert [verdict.outcome for verdict in verdicts] == ["pass"] * 12
 
 
+def test_as_many_workers_as_processors(monkeypatch):
+    monkeypatch.setattr(code.os, "sched_getaffinity", lambda _: {0, 2, 5})
+    asked = []
+    monkeypatch.setattr(code, "ThreadPoolExecutor", lambda workers: asked.append(workers) or ThreadPoolExecutor(workers))
+    grade_all([], [])
+    grade_all([], [], workers=7)
+    assert asked == [3, 7]
+
+
 @pytest.mark.parametrize(
     ("answer", "program"),
     [
@@ -167,6 +236,7 @@ def test_verdicts_come_in_the_order_of_the_programs():
         ("~~~python\ns = '```'\n~~~", "s = '```'\n"),
         ("```python\ndef f():\n    return 1", "def f():\n    return 1"),
         ("def f(x):\n    return x\n", "def f(x):\n    return x\n"),
+        ("digits = '\\d'", "digits = '\\d'"),  # Python warns of it, which is an error in tests
         ("I cannot do that.", None),
         ("```json\n{}\n```", None),
         ("", None),

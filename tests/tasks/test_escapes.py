@@ -24,6 +24,7 @@ FORMS = {
     "parted": Asserts(("assert f(3) == 271828",)),
     "examined": Asserts(("assert f(3) in (271828, 314159)",)),
     "check": Check("def check(candidate):\n    assert candidate(3) == 271828\n    assert not candidate(3) != 271828\n", "f"),
+    "handed back": Asserts(("assert all(map(lambda x: f(f(x)) == 271828, (3,)))",)),
 }
 
 
@@ -73,6 +74,13 @@ def test_the_attempts_would_succeed_without_confinement(tmp_path):
         "starts a thread",
         "starts a shell",
         "makes a folder",
+        "keeps files that have no name",
+        "keeps files that another took the name of",
+        "makes a file without a name",
+        "truncates what is open for reading",
+        "keeps memory of which it maps a page",
+        "fills the kernel's memory with locks",
+        "makes itself wait for a processor",
     ]
     for name in harmless:
         done = subprocess.run([sys.executable, "-c", ESCAPES[name]], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """Programs run as they should, refusals are refusals of the machine, and nothing survives."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from dsv2.errors import ConfigError
+from dsv2.tasks import sandbox
 from dsv2.tasks.inside.syscalls import seccomp_filter
 from dsv2.tasks.process import Confined
 from dsv2.tasks.sandbox import LEVELS, Limits, Verdict, run, strongest_level
 from dsv2.tasks.verdict import MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = Path(sandbox.__file__).parents[2]  # of the package that is tested, which may be a copy
 
 
 def test_a_program_reads_and_writes_and_fails_with_its_own_words():
@@ -127,6 +129,21 @@ def children() -> list[int]:
     return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
 
 
+def test_no_huge_pages_which_the_limit_of_memory_would_not_count():
+    before, verdicts = set(children()), []
+    thread = threading.Thread(target=lambda: verdicts.append(run("print('here', flush=True)\nimport time\ntime.sleep(0.5)")))
+    thread.start()
+    enabled: set[str] = set()
+    while thread.is_alive():
+        for pid in set(children()) - before:
+            with contextlib.suppress(OSError):  # it has ended
+                status = Path(f"/proc/{pid}/status").read_text()
+                enabled |= {line for line in status.splitlines() if line.startswith("THP_enabled")}
+        time.sleep(0.01)
+    assert verdicts[0].outcome == "pass"
+    assert "THP_enabled:\t0" in enabled
+
+
 def test_a_process_killed_from_outside_is_no_failure_of_the_program():
     before, verdicts = set(children()), []
     thread = threading.Thread(target=lambda: verdicts.append(run("print('here', flush=True)\nwhile True: pass")))
@@ -146,6 +163,15 @@ def test_a_program_that_got_no_processor_is_not_judged(monkeypatch):
     assert run("import time; time.sleep(9)", limits=limits).outcome == "timeout"
     monkeypatch.setattr(Confined, "_waited_for_a_processor", lambda _: 0.15)
     assert run("import time; time.sleep(9)", limits=limits).outcome == "infrastructure"
+
+
+def test_what_waits_for_a_processor_is_the_program_and_not_its_wrapper(monkeypatch):
+    monkeypatch.setattr(sandbox, "_bubblewrap_works", lambda: True)
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda _: ("", ["/bin/sh", "-c", '/bin/sh -c \'"$@"; exit $?\' sh "$@"; exit $?', "sh"]))
+    read, seen = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda path: (seen.append(str(path)), read(path))[1])
+    assert run("import time\ntime.sleep(9)", limits=Limits(wall_s=0.3)).outcome == "timeout"
+    assert [path.endswith("schedstat") for path in seen] == [False, False, False, True]
 
 
 def test_a_program_dies_with_the_process_that_judges_it():

@@ -11,15 +11,18 @@ from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import ADAPTER
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.cli import main
+from dsv2.config import load_recipe
 from dsv2.data.batch import collate
 from dsv2.data.conversation_rows import ConversationRows
 from dsv2.data.packing import IGNORE
 from dsv2.errors import ConfigError, DataError
 from dsv2.progress import read_metrics
 from dsv2.samples import answer_sampler
+from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.losses import token_nll
 from dsv2.train.sft import open_start
 from dsv2.train.sft_data import open_conversations
+from dsv2.train.sft_recipe import SftRecipe
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -123,6 +126,27 @@ def test_held_out_conversations_are_not_trained_on(start, tmp_path):
     assert len(held | texts(data.rows)) == 50
 
 
+def test_documents_that_are_too_long_are_no_refused_conversations(start, chats, tmp_path):
+    for name, text in (("long", "def f(x): return x\n" * 200), ("short", "a = 1\n")):
+        for number in range(30):
+            (tmp_path / f"{name}-{number}.txt").write_text(f"{number}\n{text}")
+    recipe = sft_recipe(start, data={"fim_share": 0.2, "too_long": "cut"})
+    data = open_conversations(recipe, open_start(recipe.model, 48).tokenizer, [chats], fim_documents=[tmp_path])
+    assert data.fim.used == round(0.2 * len(data.rows.samples)) and data.fim.too_long > 4  # 5 % of the conversations
+    assert not data.reports["training"].refused
+
+
+def test_validation_that_is_too_long_says_so_and_a_share_of_it_is_left_out(start, chats, tmp_path):
+    long = tmp_path / "long.jsonl"
+    turns = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
+    long.write_text("".join(json.dumps({"messages": [{"role": "user", "content": str(n)}, *turns]}) + "\n" for n in range(50)))
+    recipe = sft_recipe(start, data={"too_long": "refuse", "validation_share": 0.2, "max_refused": 1})
+    tokenizer = open_start(recipe.model, 48).tokenizer
+    assert list(open_conversations(recipe, tokenizer, [chats, long]).held_out) == ["chats"]
+    with pytest.raises(DataError, match="no conversation is left to validate on: .*longer than a row of 48 tokens"):
+        open_conversations(recipe, tokenizer, [chats], validation=[long])
+
+
 def test_what_does_not_fit_is_said_before_anything_is_written(start, chats, tmp_path):
     with pytest.raises(ConfigError, match="run.seq_len = 128 exceeds the model's context of 64"):
         opened = sft_recipe(start, run={"seq_len": 128})
@@ -147,13 +171,17 @@ def test_other_conversations_or_another_start_are_refused_on_resuming(corpus, st
 
 
 def test_the_command_takes_a_model_or_a_recipe(start, chats, tmp_path, capsys):
-    small = ["run.seq_len=48", "batch.sequences=4", "batch.micro_sequences=2", "run.epochs=0.5", "samples.prompts=[]", "run.precision=fp32"]
+    small = ["batch.sequences=4", "batch.micro_sequences=2", "run.epochs=0.5", "samples.prompts=[]", "run.precision=fp32"]
+    small += ["data.template=v2", "data.too_long=cut"]
     given = ["--data", str(chats), "--out", str(tmp_path / "run")]
     assert main(["sft", str(start), *small, *given]) == 0
     assert "conversations: 80 as messages" in capsys.readouterr().err
     assert main(["sft", str(start), *small, *given]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["sft", str(start), *small, *given, "--resume"]) == 0
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), SftRecipe, folder="sft")
+    assert resolved.run.seq_len == 64, "the model's context"
+    assert Tokenizer.load(latest_checkpoint(tmp_path / "run")).template == "v2", "what it was trained with is what a chat reads"
     assert main(["sft", "tuor", *given]) == 2
     assert "did you mean 'tour'" in capsys.readouterr().err
     assert main(["sft", "tour", "--data", str(chats), "--out", str(tmp_path / "new")]) == 2

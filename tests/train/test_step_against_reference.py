@@ -100,6 +100,14 @@ def test_moments_restored_by_name_continue_the_run():
         assert torch.equal(a, b), name
 
 
+def test_an_optimiser_that_never_stepped_is_restored_as_it_was():
+    model = our_model(random_state(CONFIG), CONFIG)
+    optimizer = make_optimizer(model, SECTION)
+    restore_optimizer(model, optimizer, optimizer_tensors(model, make_optimizer(model, SECTION)))
+    assert not optimizer.state
+    step(model, optimizer, batch_of(1), 0.01)
+
+
 def test_moments_of_another_model_are_refused_by_name():
     model = our_model(random_state(CONFIG), CONFIG)
     optimizer = make_optimizer(model, SECTION)

@@ -38,6 +38,14 @@ def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
     Raises:
         CheckpointError: the manifest is missing or damaged, or a file is missing or differs.
     """
+    listed = listed_hashes(folder, names)
+    hashes = _hashes([folder / name for name in listed])
+    for name, hashed in listed.items():
+        require_hash(folder / name, hashes[folder / name], hashed)
+
+
+def listed_hashes(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """Return what a folder's manifest says that the SHA-256 of files should be; arguments and errors as of ``verify_manifest``."""
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("format"), manifest.get("version")
     if found != (FORMAT, VERSION):
@@ -54,10 +62,13 @@ def verify_manifest(folder: Path, names: Collection[str] | None = None) -> None:
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, which is not in its folder")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-    for file, hashed in _hashes([folder / name for name in names]).items():
-        name = file.relative_to(folder).as_posix()
-        if hashed != files[name]:
-            raise CheckpointError(
-                f"{file} is damaged: its hash is {hashed[:12]}, the manifest says {files[name][:12]}",
-                hint="use another step folder or copy; if you changed the file yourself, remove manifest.json",
-            )
+    return {name: files[name] for name in names}
+
+
+def require_hash(file: Path, found: str, listed: str) -> None:
+    """Raise CheckpointError unless the hash of what was read is the manifest's."""
+    if found != listed:
+        raise CheckpointError(
+            f"{file} is damaged: its hash is {found[:12]}, the manifest says {listed[:12]}",
+            hint="use another step folder or copy; if you changed the file yourself, remove manifest.json",
+        )

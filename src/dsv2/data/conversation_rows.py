@@ -108,7 +108,7 @@ def render_samples(
     too_long: TooLong,
     report: ReadingReport,
 ) -> dict[str, Samples]:
-    """Render conversations by domain, in order; what cannot be rendered is refused in ``report``.
+    """Render conversations by domain, in order; what cannot be rendered or does not fit is refused in ``report``, and may leave none.
 
     Args:
         conversations: what to render.
@@ -120,7 +120,7 @@ def render_samples(
 
     Raises:
         ConfigError: the template does not fit the tokenizer.
-        DataError: a conversation has nothing to learn (names its row), or none is left.
+        DataError: a conversation has nothing to learn (names its row).
     """
     domains: dict[str, Samples] = {}
     for conversation in conversations:
@@ -133,10 +133,7 @@ def render_samples(
             report.refuse(error.message, conversation.place)
             continue
         domains.setdefault(conversation.domain, Samples()).add(rendered, conversation.place, seq_len, too_long, report)
-    domains = {domain: samples for domain, samples in domains.items() if len(samples)}
-    if not domains:
-        raise DataError(f"no conversation is left to train on: {'; '.join(report.lines())}", hint="raise run.seq_len, or mend the files")
-    return domains
+    return {domain: samples for domain, samples in domains.items() if len(samples)}
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -56,6 +56,7 @@ class ReadingReport:
     """What became of the rows of some files; grows while they are read.
 
     Attributes:
+        noun: what the rows are to be, in words.
         rows: how many there were.
         read: rows that gave a conversation, by form.
         refused: rows that did not, by reason.
@@ -63,6 +64,7 @@ class ReadingReport:
         unused_fields: fields that mean nothing here, and in how many rows.
     """
 
+    noun: str = "conversations"
     rows: int = 0
     read: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -74,12 +76,16 @@ class ReadingReport:
         self.refused[reason] += 1
         self.first_refused.setdefault(reason, place)
 
-    def require_few_refused(self, name: str, most: float) -> None:
+    def require_few_refused(
+        self, name: str, most: float, *, section: str = "data", room: str = "raise run.seq_len or set data.too_long=cut"
+    ) -> None:
         """Refuse files of which too little can be used.
 
         Args:
             name: of the files, for the message.
             most: share of the rows that may be refused.
+            section: of the recipe that says so, for the message.
+            room: how rows that are too long are made to fit, for the hint.
 
         Raises:
             DataError: more are.
@@ -87,15 +93,15 @@ class ReadingReport:
         refused = self.refused.total()
         if refused > most * self.rows:
             raise DataError(
-                f"{refused:,} of {self.rows:,} {name} rows are refused, more than data.max_refused = {most:g}:\n  "
+                f"{refused:,} of {self.rows:,} {name} rows are refused, more than {section}.max_refused = {most:g}:\n  "
                 + "\n  ".join(self.lines()[1:]),
-                hint="mend the rows, raise run.seq_len or set data.too_long=cut where they are too long, or raise data.max_refused",
+                hint=f"mend the rows, {room} where they are too long, or raise {section}.max_refused",
             )
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         forms = ", ".join(f"{count:,} as {form}" for form, count in self.read.most_common()) or "none"
-        found = [f"{self.rows:,} rows, {self.read.total():,} of them conversations: {forms}"]
+        found = [f"{self.rows:,} rows, {self.read.total():,} of them {self.noun}: {forms}"]
         found += [f"{count:,} rows refused: {reason} (first: {self.first_refused[reason]})" for reason, count in self.refused.most_common()]
         if self.unused_fields:
             found.append("fields without a use here: " + ", ".join(f"{name} ({n:,})" for name, n in self.unused_fields.most_common(8)))

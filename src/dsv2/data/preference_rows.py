@@ -36,7 +36,7 @@ class JudgedAnswers:
         learn: whether each token is the answer's own.
         scores: of single answers; of a pair 1 and 0.
         groups: first and number of the answers of each preference.
-        cut: answers whose conversation lost its beginning because it was too long.
+        cut: answers whose conversation lost its beginning because it, or that of the answer beside it, was too long.
     """
 
     tokens: list[Int32[np.ndarray, "tokens"]] = field(default_factory=list)
@@ -60,16 +60,19 @@ class JudgedAnswers:
         rendered = []
         for answer in preference.answers:
             try:
-                tokens, learn = render_answer(answer, tokenizer, template)
+                rendered.append(render_answer(answer, tokenizer, template))
             except DataError as error:
                 return error.message
-            if len(tokens) > longest:
-                if too_long == "refuse" or 2 * int(learn.sum()) > longest:
-                    limit = longest if too_long == "refuse" else longest // 2
-                    return f"{'a conversation' if too_long == 'refuse' else 'an answer'} is longer than {limit} tokens"
-                tokens, learn = (np.concatenate((part[:1], part[len(part) - longest + 1 :])) for part in (tokens, learn))
-                self.cut += 1
-            rendered.append((tokens, learn))
+        beyond = max(len(tokens) for tokens, _ in rendered) - longest
+        if beyond > 0:
+            if too_long == "refuse":
+                return f"a conversation is longer than {longest} tokens"
+            if any(len(learn) > longest and 2 * (len(learn) - int(learn.argmax())) > longest for _, learn in rendered):
+                return f"an answer is longer than {longest // 2} tokens"
+            # All answers lose the same part of their prompt: two that are compared answer one question.
+            kept = [np.delete(np.arange(len(tokens)), slice(1, 1 + beyond)) for tokens, _ in rendered]  # BOS stays
+            rendered = [(tokens[places], learn[places]) for (tokens, learn), places in zip(rendered, kept, strict=True)]
+            self.cut += len(rendered)
         self.groups.append((len(self.tokens), len(rendered)))
         for tokens, learn in rendered:
             self.tokens.append(tokens)
@@ -121,11 +124,10 @@ def render_preferences(
 ) -> JudgedAnswers:
     """Render preferences in order; what cannot be rendered or does not fit is refused in ``report``.
 
-    A pair has the two halves of a row, a single answer all of it.
+    A pair has the two halves of a row, a single answer all of it. There may be none left.
 
     Raises:
         ConfigError: the template does not fit the tokenizer.
-        DataError: none is left.
     """
     judged = JudgedAnswers()
     for preference in preferences:
@@ -133,8 +135,6 @@ def render_preferences(
         reason = judged.add(preference, tokenizer, template=template, longest=longest, too_long=too_long)
         if reason is not None:
             report.refuse(reason, preference.place)
-    if not len(judged):
-        raise DataError(f"no preference is left: {'; '.join(report.lines())}", hint="raise run.seq_len, or mend the files")
     return judged
 
 

@@ -37,7 +37,7 @@ class AsyncLLM:
         model: as for ``LLM``.
         max_requests: under way at a time, waiting ones included; more raise ``engine.thread.Overloaded``.
         tokenizer: as for ``LLM``.
-        dtype: as for ``LLM``.
+        dtype: as for ``LLM``, also ``verify``.
         settings: of ``Engine``.
 
     Raises:
@@ -56,9 +56,10 @@ class AsyncLLM:
         max_requests: int = 1024,
         tokenizer: Tokenizer | None = None,
         dtype: Dtype = "auto",
+        verify: bool = False,
         **settings: Unpack[EngineSettings],
     ) -> None:
-        llm = LLM(model, tokenizer=tokenizer, dtype=dtype, **settings)
+        llm = LLM(model, tokenizer=tokenizer, dtype=dtype, verify=verify, **settings)
         self.tokenizer, self.default_params = llm.tokenizer, llm.default_params
         self._builder = llm.builder
         self._thread = EngineThread(llm.engine, max_requests=max_requests)

@@ -27,6 +27,7 @@ def generate_files(
     *,
     sampling: Mapping[str, Any],
     dtype: Dtype = "auto",
+    verify: bool = False,
     **settings: Unpack[EngineSettings],
 ) -> None:
     """Answer every prompt of some files and write the answers as JSON lines, in the order of the prompts.
@@ -41,6 +42,7 @@ def generate_files(
         out: file to write.
         sampling: fields of ``SamplingParams``, for what lines leave open; None: as generation_config.json says.
         dtype: of the weights in memory.
+        verify: as for ``LLM``.
         settings: of the engine.
 
     Raises:
@@ -66,7 +68,7 @@ def generate_files(
         if left:
             if len(left) < len(lines):
                 say(f"{len(lines) - len(left)} of {len(lines)} prompts are answered in {out}.part; it goes on with the others")
-            with LLM(folder, dtype=dtype, **settings) as llm:
+            with LLM(folder, dtype=dtype, verify=verify, **settings) as llm:
                 say(f"cache: {llm.engine.cache}; up to {llm.engine.max_batch} answers at once")
                 _answer(llm, lines, _requests(llm, lines, params.max_tokens), answers)
         answers.finish()

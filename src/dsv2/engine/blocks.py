@@ -14,7 +14,7 @@ first, and the end of a prefix before its beginning, since without the beginning
 
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from collections.abc import Sequence as Ordered
 from hashlib import blake2b
 from typing import Protocol
@@ -178,7 +178,14 @@ class BlockPool:
         return taken
 
     def publish(
-        self, blocks: list[int], tokens: Ordered[int], salt: bytes | str, start: int, stop: int, keys: list[bytes], expanded: int = 0
+        self,
+        blocks: MutableSequence[int],
+        tokens: Ordered[int],
+        salt: bytes | str,
+        start: int,
+        stop: int,
+        keys: list[bytes],
+        expanded: int = 0,
     ) -> bool:
         """Let others find the full blocks ``start..stop-1`` of a sequence's table.
 

@@ -38,13 +38,13 @@ class LLM:
             read where it lies: after its weights were changed, call ``weights_changed``.
         tokenizer: of a model in memory; None: the folder's.
         dtype: of a folder's weights in memory: "fp32", "bf16", "int8"; "auto": the first of these that fits, a packed folder as it is.
-        verify: compare the hash of a packed file with its manifest's before it is used; takes longer than reading it.
+        verify: of a folder: compare the hashes of its files with its manifest's, a packed one's while it is read.
         settings: of ``Engine``: max_batch, max_len, cache, cache_gb, threads, backend, reuse, speculate, max_step_s,
             disk_cache, disk_cache_gb, weights_id (of a folder: its own).
 
     Raises:
         CheckpointError: there is no whole model, or it does not fit into memory.
-        ConfigError: an argument is out of range, or a model in memory comes without tokenizer or with a dtype.
+        ConfigError: an argument is out of range, or a model in memory comes without tokenizer, with a dtype or to be verified.
 
     Attributes:
         engine: that does the work.
@@ -70,6 +70,8 @@ class LLM:
             self.default_params = SamplingParams(**sampling_defaults(folder))
             model = open_weights(folder, dtype, verify=verify)
             settings.setdefault("weights_id", weights_id(folder))
+        elif verify:
+            raise ConfigError("verify = True beside a model in memory, which has no files", hint="leave verify out")
         elif dtype != "auto":
             raise ConfigError(f"dtype = {dtype!r} beside a model in memory, whose weights stay as they are", hint="leave dtype out")
         if tokenizer is None:

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -105,14 +106,13 @@ def _layer_of(block: Block) -> native.Layer:
     return layer
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Neighbouring tokens of one sequence in a step.
 
     Args:
         tokens: their ids.
         position: of the first, counted from 0; the cache holds all before it.
-        blocks: of the sequence's cache, for all its tokens up to the last of these.
+        blocks: of the sequence's cache, for all its tokens up to the last of these; an array of ints ("i") is read where it lies.
         expanded: read keys and values in the expanded reading; else in the absorbed one.
         wanted: rows, counted from the first, whose logits are wanted.
     """
@@ -232,19 +232,19 @@ class NativeStack:
             raise RequestError(
                 f"the engine was opened in process {self._process}, this is its fork {os.getpid()}", hint="open the model after the fork"
             )
-        tokens, positions, wanted, tables = array("i"), array("i"), array("i"), []
-        segments = (native.Segment * len(pieces))()
-        for segment, piece in zip(segments, pieces, strict=True):
-            first, count = len(tokens), len(piece.tokens)
-            table = array("i", piece.blocks)
+        tokens, positions, wanted = array("i"), array("i"), array("i")
+        segments, tables = (native.Segment * len(pieces))(), []
+        for segment, (ids, position, blocks, expanded, rows_wanted) in zip(segments, pieces, strict=True):
+            first, count = len(tokens), len(ids)
+            table = blocks if isinstance(blocks, array) and blocks.typecode == "i" else array("i", blocks)
             tables.append(table)
-            segment.first_row, segment.rows, segment.position, segment.expanded = first, count, piece.position, piece.expanded
+            segment.first_row, segment.rows, segment.position, segment.expanded = first, count, position, expanded
             segment.table = table.buffer_info()[0]
-            tokens.extend(piece.tokens)
-            positions.extend(range(piece.position, piece.position + count))
-            wanted.extend(first + row for row in piece.wanted)
-            if len(table) * native.BLOCK_LEN < piece.position + count:
-                raise ValueError(f"{len(table)} blocks do not hold {piece.position + count} tokens")
+            tokens.extend(ids)
+            positions.extend(range(position, position + count))
+            wanted.extend([first + row for row in rows_wanted])
+            if len(table) * native.BLOCK_LEN < position + count:
+                raise ValueError(f"{len(table)} blocks do not hold {position + count} tokens")
         rows = len(wanted)
         if rows > len(self._best):
             self._logits = np.empty((rows, self._vocab), np.float32)

@@ -8,11 +8,12 @@ import torch
 
 from dsv2.checkpoint.generation import sampling_defaults
 from dsv2.checkpoint.huggingface import fitting_dtype, load_model
+from dsv2.checkpoint.manifest import MANIFEST
 from dsv2.engine.native import StackWeights
 from dsv2.engine.request import SamplingParams
 from dsv2.engine.settings import Backend, CacheKind
 from dsv2.engine.weights import load_packed, packed_scheme
-from dsv2.errors import ConfigError
+from dsv2.errors import CheckpointError, ConfigError
 from dsv2.model.transformer import Transformer
 from dsv2.progress import say
 
@@ -43,16 +44,18 @@ def open_weights(folder: Path, dtype: Dtype = "auto", *, verify: bool = False) -
     Args:
         folder: of the model.
         dtype: of the weights in memory.
-        verify: compare a packed file's hash with the manifest's first, which takes longer than reading it.
+        verify: compare the files' hashes with those of the folder's manifest; a folder that is not packed is compared whenever it has one.
 
     Raises:
         ConfigError: a dtype is asked of a packed model, or it is unknown.
-        CheckpointError: the folder is not a whole model.
+        CheckpointError: the folder is not a whole model, or there are no hashes to verify.
     """
+    if verify and not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{folder} has no {MANIFEST} to verify its files by", hint="dsv2 convert and dsv2 quantize write one")
     if packed_scheme(folder) is not None:
         if dtype != "auto":
             raise ConfigError(f"{folder} is packed; dtype = {dtype} cannot change its weights", hint="pack the model again: dsv2 quantize")
-        return load_packed(folder, check=verify)
+        return load_packed(folder, verify=verify)
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype!r} is not one of: auto, {', '.join(_DTYPES)}")
     chosen = fitting_dtype(folder) if dtype == "auto" else _DTYPES[dtype]

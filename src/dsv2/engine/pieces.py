@@ -3,6 +3,8 @@
 from dsv2.engine.native import Piece
 from dsv2.engine.sequence import Chunk
 
+_ONLY_ROW = range(1)
+
 
 def pieces_of(chunk: Chunk, start: int, stop: int | None = None, *, wanted_from: int | None = None) -> list[Piece]:
     """Cut a chunk where its reading changes.
@@ -15,6 +17,8 @@ def pieces_of(chunk: Chunk, start: int, stop: int | None = None, *, wanted_from:
     """
     seq, end = chunk.seq, chunk.start + chunk.length if stop is None else stop
     known = len(seq.tokens)
+    if wanted_from is None and start + 1 == end == known:  # an answer's last token: nearly all pieces of large batches
+        return [Piece(seq.tokens[start:], start, seq.blocks, end <= seq.expanded, _ONLY_ROW)]
     tokens = seq.tokens[start:end] if end <= known else [*seq.tokens[start:known], *seq.draft[: end - known]]
     wanted = wanted_from if wanted_from is not None else known - 1
     border = seq.expanded

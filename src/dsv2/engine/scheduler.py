@@ -281,7 +281,7 @@ class Scheduler:
         except OutOfBlocks:  # a block that was there by its key held other tokens
             pool.release(blocks)
             return False
-        seq.blocks = blocks
+        seq.blocks.extend(blocks)
         seq.num_published, seq.num_computed = num_matched, num_matched * BLOCK_LEN
         if not seq.started:
             seq.started, seq.num_hit = True, seq.num_computed
@@ -333,7 +333,7 @@ class Scheduler:
                 raise RuntimeError(f"one sequence runs with {held} blocks, yet {pool.num_used} of {pool.num_blocks} are held")
             if self._preempt() is seq:
                 return 0
-        seq.blocks += pool.allocate(need)
+        seq.blocks.extend(pool.allocate(need))
         return length
 
     def _prefill(self, prefills: list[Sequence], chunks: list[Chunk], num_rows: int, pairs: int) -> tuple[int, int]:

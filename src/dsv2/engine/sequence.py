@@ -1,5 +1,6 @@
 """What the scheduler moves: sequences, and the plan of one step."""
 
+from array import array
 from collections.abc import Sequence as Ordered
 from enum import Enum
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class Sequence:
         self.all_logits = all_logits
         self.state = State.NEW
         self.draft: tuple[int, ...] = ()
-        self.blocks: list[int] = []
+        self.blocks = array("i")  # as the native step reads them
         self.table_version = 0
         self.num_computed = 0
         self.num_hit = 0
@@ -138,7 +139,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Hold nothing any more but the tokens; the caller released the blocks."""
-        self.blocks = []
+        self.blocks = array("i")
         self.table_version += 1
         self.num_computed = self.num_published = self.in_flight = 0
         self.draft = ()

@@ -42,6 +42,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
+    verify: bool = False,
     as_json: bool = False,
     **settings: Unpack[EngineSettings],
 ) -> None:
@@ -55,11 +56,12 @@ def generate(
         max_tokens: at most so many new tokens; fewer, with a message, where the model's context ends before.
         temperature: see ``SamplingParams``, also for ``top_k``, ``top_p`` and ``seed``; None: as generation_config.json says.
         dtype: of the weights in memory; "auto": the first of fp32, bf16, int8 that fits.
+        verify: compare the hashes of the model's files with its manifest's, a packed one's while it is read.
         as_json: print one JSON object at the end instead of the text as it comes.
         settings: of the engine; ``max_batch`` goes with files.
 
     Raises:
-        CheckpointError: no checkpoint is there.
+        CheckpointError: no checkpoint is there, or it is damaged or cannot be verified.
         ConfigError: there is neither a prompt nor files, or what goes with the one is given to the other.
         DataError: a line of a file cannot be used.
         RequestError: a parameter is out of range, or the prompt fills the context.
@@ -69,7 +71,7 @@ def generate(
         if out is None or prompt is not None or as_json:
             hint = "dsv2 generate PATH FILE... --out ANSWERS.jsonl"
             raise ConfigError("files of prompts need --out, and neither --prompt nor --json goes with them", hint=hint)
-        generate_files(path, files, out, sampling=sampling, dtype=dtype, **settings)
+        generate_files(path, files, out, sampling=sampling, dtype=dtype, verify=verify, **settings)
         return
     if prompt is None:
         raise ConfigError("there is neither --prompt nor a file of prompts", hint="dsv2 generate PATH --prompt TEXT")
@@ -77,7 +79,7 @@ def generate(
         raise ConfigError("--out and --max-batch go with files of prompts; there are none", hint="dsv2 generate --help")
     folder = latest_checkpoint(path)
     params = sampling_of(folder, sampling)
-    engine = open_engine(folder, dtype, **settings)
+    engine = open_engine(folder, dtype, verify=verify, **settings)
     tokens = engine.tokenizer.encode(_read_stdin() if prompt == "-" else prompt)
     room = engine.max_len - len(tokens)
     if room < 1:
@@ -105,6 +107,7 @@ def chat(
     top_p: float | None = None,
     seed: int | None = None,
     dtype: Dtype = "auto",
+    verify: bool = False,
     **settings: Unpack[EngineSettings],
 ) -> None:
     """Talk with a model, line by line; from a pipe each line of stdin is a user's turn and stdout holds the answers alone.
@@ -119,16 +122,16 @@ def chat(
         max_tokens: most tokens of an answer.
         temperature: as for ``generate``, also ``top_k`` and ``top_p``.
         seed: of the first answer; each later one adds 1.
-        dtype: as for ``generate``, also ``settings``.
+        dtype: as for ``generate``, also ``verify`` and ``settings``.
 
     Raises:
-        CheckpointError: no checkpoint is there.
+        CheckpointError: as for ``generate``.
         ConfigError: the tokenizer has no such template.
         RequestError: a parameter is out of range.
     """
     folder = latest_checkpoint(path)
     params = sampling_of(folder, {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
-    engine = open_engine(folder, dtype, **settings)
+    engine = open_engine(folder, dtype, verify=verify, **settings)
     conversation = Conversation(engine, params, system=system, template=template)
     own = engine.tokenizer.published_template
     if template is None and own is not None and not is_ours(own):
@@ -151,10 +154,10 @@ def chat(
                 say(f"error: {error}")
 
 
-def open_engine(folder: Path, dtype: Dtype = "auto", **settings: Unpack[EngineSettings]) -> Engine:
+def open_engine(folder: Path, dtype: Dtype = "auto", *, verify: bool = False, **settings: Unpack[EngineSettings]) -> Engine:
     """Load a checkpoint's model and tokenizer for one request at a time, and say what its cache takes."""
     settings.setdefault("max_batch", 1)
-    engine = Engine(open_weights(folder, dtype), Tokenizer.load(folder), **settings)
+    engine = Engine(open_weights(folder, dtype, verify=verify), Tokenizer.load(folder), **settings)
     say(f"cache: {engine.cache}")
     return engine
 

@@ -5,6 +5,7 @@ the file is copied once at the start.
 """
 
 import ctypes
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 
 from dsv2.checkpoint.folder import read_json
 from dsv2.checkpoint.identity import weights_id
-from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
+from dsv2.checkpoint.manifest import MANIFEST, listed_hashes, require_hash, verify_manifest
 from dsv2.checkpoint.shard import TensorEntry, read_header
 from dsv2.engine.layout import FILE, METHOD, SCHEMES, Scheme, Slot, expert_stride, slots
 from dsv2.engine.native import StackWeights
@@ -43,16 +44,16 @@ def packed_scheme(folder: Path) -> Scheme | None:
     return chosen
 
 
-def load_packed(folder: Path, *, placement: Placement | None = None, check: bool = False) -> StackWeights:
+def load_packed(folder: Path, *, placement: Placement | None = None, verify: bool = False) -> StackWeights:
     """Load a packed folder.
 
     Args:
         folder: as ``dsv2 quantize`` writes it.
         placement: "memory": copied into huge pages; "mapped": left in the file's pages; None: memory where it fits.
-        check: compare the file's hash with the manifest's first, which takes longer than reading it.
+        verify: compare the file's hash with the manifest's, while it is read into memory; before it is mapped.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or is not what its config says.
+        CheckpointError: a file is missing or damaged, or is not what its config says; or there is no hash to compare with.
     """
     scheme = packed_scheme(folder)
     if scheme is None:
@@ -61,8 +62,9 @@ def load_packed(folder: Path, *, placement: Placement | None = None, check: bool
     config = ModelConfig.from_dict(
         {name: value for name, value in fields.items() if name != "quantization_config"}, source=str(folder / "config.json")
     )
-    if (folder / MANIFEST).exists():
-        verify_manifest(folder, ["config.json", FILE] if check else ["config.json"])
+    if verify or (folder / MANIFEST).exists():
+        verify_manifest(folder, ["config.json"])
+    listed = listed_hashes(folder, [FILE])[FILE] if verify else None
     entries = read_header(folder / FILE)
     wanted = list(slots(config, scheme))
     _require_same(folder / FILE, entries, wanted)
@@ -70,7 +72,9 @@ def load_packed(folder: Path, *, placement: Placement | None = None, check: bool
     if placement is None:
         free = available_memory()
         placement = "memory" if free is None or size + _HEADROOM <= free else "mapped"
-    place = _Arena(entries, folder / FILE) if placement == "memory" else _Mapped(folder / FILE)
+    if placement == "mapped" and verify:
+        verify_manifest(folder, [FILE])
+    place = _Mapped(folder / FILE) if placement == "mapped" else _Arena(entries, folder / FILE, listed)
     weights = _described(config, wanted, entries, place)
     weights.weights_id = weights_id(folder)
     return weights
@@ -100,29 +104,44 @@ class _Mapped:
 
 
 class _Arena:
-    """Anonymous memory in huge pages; every tensor begins at a multiple of 64 bytes."""
+    """Anonymous memory in huge pages; every tensor begins at a multiple of 64 bytes.
 
-    def __init__(self, entries: dict[str, TensorEntry], file: Path) -> None:
+    Args:
+        entries: of the file's header.
+        file: that is read.
+        listed: SHA-256 that the whole file must have; None: it is not looked at.
+
+    Raises:
+        CheckpointError: it has another, or was cut.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry], file: Path, listed: str | None) -> None:
         self._offsets: dict[str, int] = {}
         end = 0
         for entry in sorted(entries.values(), key=lambda entry: entry.begin):
             self._offsets[entry.name] = end
             end += -(-(entry.end - entry.begin) // 64) * 64
         self._memory = HugeMemory(end)
-        self._read(entries, file)
+        self._read(entries, file, listed)
 
-    def _read(self, entries: dict[str, TensorEntry], file: Path) -> None:
-        memory = self._memory.view()
-        total = sum(entry.end - entry.begin for entry in entries.values())
+    def _read(self, entries: dict[str, TensorEntry], file: Path, listed: str | None) -> None:
+        memory, pieces = self._memory.view(), list(self._pieces(entries))
+        total = sum(end - begin for begin, end, _ in pieces)
         handle = os.open(file, os.O_RDONLY)
         try:
             with ThreadPoolExecutor(READERS) as threads, transfer_bar(total, "reading weights") as advance:
-                for count in threads.map(lambda piece: _read_piece(handle, memory, *piece), self._pieces(entries)):
+                read = threads.map(lambda piece: _read_piece(handle, memory, *piece), pieces)
+                digest = hashlib.sha256(os.pread(handle, pieces[0][0], 0))  # the header; the tensors follow it without a gap
+                for (_, _, to), count in zip(pieces, read, strict=True):
+                    if listed is not None:  # in the order of the file, while the threads read on
+                        digest.update(memory[to : to + count])
                     advance(count)
         except EOFError as error:
             raise CheckpointError(f"{file} was cut while it was read") from error
         finally:
             os.close(handle)
+        if listed is not None:
+            require_hash(file, digest.hexdigest(), listed)
 
     def _pieces(self, entries: dict[str, TensorEntry]) -> Iterator[tuple[int, int, int]]:
         for name, offset in self._offsets.items():

@@ -23,7 +23,7 @@ _FIGURES: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     (
         "Drift",
         (("KL to the reference, nats", "kl"), ("entropy of a token, nats", "entropy")),
-        "How far the policy has gone from where it began, and how much choice it has left. Without a KL in the loss its estimate is 0.",
+        "How far the policy has gone from where it began, and how much choice it has left. Without a KL in the loss it is not estimated.",
     ),
     (
         "Answers",

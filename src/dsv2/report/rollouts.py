@@ -22,7 +22,8 @@ def write_rollouts(run: Path, out: Path, *, most: int = MOST_ROLLOUTS) -> None:
 
     Args:
         run: folder with a rollouts.jsonl: one JSON object a rollout, with step, group, index, prompt (a text or messages), text, reward,
-            rewards (by name), advantage, num_tokens, finish_reason and example.
+            rewards (by name), advantage, num_tokens, finish_reason, and example with the first of a group; under process supervision with
+            steps, each of which has reward and advantage.
         out: the HTML file.
         most: rollouts on the page; of more, whole groups are taken evenly over the run, and the page says so.
 
@@ -136,6 +137,8 @@ def _answer(row: Row, place: int) -> str:
     lines = [f"advantage {advantage:+.2f}", f"{tokens} tokens, {row.get('finish_reason', '')}"]
     if len(parts) > 1 or list(parts.values()) not in ([reward], []):
         lines = [*(f"{name} {_shown(value)}" for name, value in parts.items()), *lines]
+    if steps := row.get("steps"):
+        lines.append("steps " + ", ".join(f"{_shown(step['reward'])} ({step['advantage']:+.2f})" for step in steps))
     if row.get("learned") is False:
         lines.append("not learned from")
     meta = " · ".join(escape(line) for line in lines)

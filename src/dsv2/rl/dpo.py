@@ -19,10 +19,11 @@ from torch import Tensor
 from dsv2.checkpoint.huggingface import fill_model
 from dsv2.checkpoint.source import FolderSource
 from dsv2.data.batch import IGNORE, Batch
+from dsv2.data.conversations import Refused
 from dsv2.data.loader import sequential_batches
 from dsv2.data.preference_rows import PreferenceRows
 from dsv2.data.preferences import Preference
-from dsv2.errors import CheckpointError, DataError
+from dsv2.errors import CheckpointError
 from dsv2.files import atomic_file
 from dsv2.kernels import linear_log_probs
 from dsv2.model.router import RouterStats
@@ -30,7 +31,7 @@ from dsv2.model.transformer import Transformer
 from dsv2.progress import bar
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection, DpoRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, Start, by_figure, fitted, open_start, run_preferences
 from dsv2.rl.reward_model import ends
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
@@ -64,11 +65,12 @@ def run(
     Raises:
         ConfigError: a wrong recipe, or a run folder that exists and may not be continued.
         CheckpointError: there is no such model.
-        DataError: missing or damaged preferences, or answers that are not compared.
+        DataError: missing or damaged preferences, or none that are pairs.
     """
     recipe = load_stage_recipe(target, DpoRecipe, "dpo", overrides)
     require_resume(out, resume)
     start = open_start(recipe, "lm_head")
+    recipe = fitted(recipe, start, answers=2)
     pairs = open_preferences(recipe, start.tokenizer, data, validation=validation, form=only_pairs)
     train_dpo(recipe, start, pairs, out, tensorboard=tensorboard)
 
@@ -111,10 +113,10 @@ def only_pairs(preference: Preference) -> list[Preference]:
     """Return a pair as it is.
 
     Raises:
-        DataError: it is a single answer.
+        Refused: it is a single answer.
     """
     if not preference.is_pair:
-        raise DataError(f"{preference.place}: one answer with a score; DPO learns from pairs", hint="give chosen and rejected")
+        raise Refused("it is one answer with a score; DPO learns from pairs, chosen and rejected")
     return [preference]
 
 

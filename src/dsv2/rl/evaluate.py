@@ -15,19 +15,23 @@ def evaluate(
     """Answer every example ``samples`` times at temperature 1 and score the answers.
 
     Returns:
-        reward: the mean. Where a part of the reward is 0 or 1 for every answer, ``NAME/pass@1`` and ``NAME/pass@k``, k = ``samples``:
-        without bias, over the examples (Chen et al. 2021, eq 1).
+        reward: the mean of those that are known. Where a part of the reward is 0 or 1 for every answer, ``NAME/pass@1`` and
+        ``NAME/pass@k``, k = ``samples``: without bias (Chen et al. 2021, eq 1), over the examples that have k answers with a score.
     """
     rollouts = draw(llm, examples, group_size=samples, max_tokens=max_tokens, seed=seed, tool=tool)
     scores = rewards.score(rollouts)
     known = [reward for reward in scores.total if reward is not None]
-    found = {"reward": sum(known) / max(1, len(known)), "mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts)}
+    found = {"mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts)}
+    if known:
+        found = {"reward": sum(known) / len(known), **found}
     for name, values in scores.parts.items():
-        if any(value not in (0.0, 1.0) for value in values):
+        if any(value not in (0.0, 1.0, None) for value in values):
             continue
-        right = [sum(value == 1.0 for value in values[i : i + samples]) for i in range(0, len(values), samples)]
+        judged = [[value for value in values[i : i + samples] if value is not None] for i in range(0, len(values), samples)]
         for k in dict.fromkeys((1, samples)):
-            found[f"{name}/pass@{k}"] = sum(pass_at(k, samples, count) for count in right) / len(right)
+            chances = [pass_at(k, len(own), own.count(1.0)) for own in judged if len(own) >= k]
+            if chances:
+                found[f"{name}/pass@{k}"] = sum(chances) / len(chances)
     return found
 
 

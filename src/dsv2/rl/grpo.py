@@ -7,33 +7,35 @@ A step is a function of weights, moments and the number of prompts consumed: rol
 that was killed anywhere goes on from its newest checkpoint and ends with the same weights and rollouts, bit for bit.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dsv2.checkpoint.layout import TrainingState, save_checkpoint
 from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.engine.llm import LLM
-from dsv2.errors import ConfigError
-from dsv2.files import sole_use
+from dsv2.errors import DataError
+from dsv2.files import clear_leftovers, sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, bar, console, table
+from dsv2.progress import MetricsLog, bar, console, say, table
 from dsv2.rl.evaluate import evaluate
-from dsv2.rl.grpo_recipe import GrpoRecipe
-from dsv2.rl.objective import PRESETS, Objective, advantages, overlong_penalty
+from dsv2.rl.grpo_recipe import GrpoRecipe, fitted
+from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
 from dsv2.rl.reward import Rewards, Scores, open_rewards
+from dsv2.rl.reward_needs import require_wanted, reward_models
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.step_metrics import rollout_metrics
+from dsv2.rl.supervision import advantages_of, require_supervision, shown_advantage
 from dsv2.rl.tools import tool_named
-from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, update, without_graph
+from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
@@ -70,7 +72,11 @@ def run(
     recipe = load_stage_recipe(target, GrpoRecipe, "grpo", overrides)
     require_resume(out, resume)
     start = open_start(recipe.model, recipe.run.seq_len)
-    train(recipe, start, open_prompts(recipe.task, data, recipe.run.seed), out, tensorboard=tensorboard)
+    recipe = fitted(recipe, start.config.max_position_embeddings)
+    prompts = open_prompts(recipe, start.tokenizer, data)
+    for line in prompts.report:
+        say(f"prompts: {line}")
+    train(recipe, start, prompts, out, tensorboard=tensorboard)
 
 
 def train(
@@ -88,6 +94,7 @@ def train(
 
     Raises:
         ConfigError: the recipe does not fit the machine or the run in ``out``, or another process trains there.
+        DataError: prompts lack what a reward judges by, or no rollout of a step has a score.
         LogProbsDiffer: engine and trainer do not agree.
     """
     with sole_use(out), closing(_Run(recipe, start, prompts, out, tensorboard, rewards)) as begun:
@@ -100,7 +107,7 @@ class _Batch:
 
     drawn: list[Rollout]
     scores: Scores
-    advantages: torch.Tensor
+    advantages: torch.Tensor  # [rollouts], or [rollouts, tokens] under process supervision
     kept: list[int]  # rollouts to learn from
     consumed: int
     seconds: float
@@ -110,20 +117,25 @@ class _Run:
     def __init__(
         self, recipe: GrpoRecipe, start: StartModel, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None
     ) -> None:
-        device = torch.device("cpu")
+        device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
-        begins_from = start_hash(start.folder)
-        self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from)
+        begins_from, judges = start_hash(start.folder), {} if rewards else reward_models(recipe.reward)
+        recipe = recipe.model_copy(update={"objective": objective_of(recipe)})  # recipe.toml states every choice
+        self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges)
         require_determinism(recipe.run.deterministic)
-        self.objective = objective_of(recipe)
+        self.objective = recipe.objective
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        self.rewards = open_rewards(recipe.reward) if rewards is None else rewards
+        if rewards is None:
+            require_wanted(recipe.reward, [*prompts.take(0, len(prompts)), *prompts.held_out])
+        self.rewards = open_rewards(recipe.reward, self.tokenizer, recipe.run.seq_len) if rewards is None else rewards
+        require_supervision(recipe.supervision, self.rewards, self.objective)
         self.model = Transformer(start.config)
         if not checkpoints(out):
             begin_weights(self.model, str(start.folder), recipe.run.seed)
         self.autocast = autocast_dtype(recipe.run.precision)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, products=self.autocast)
-        begin_run(recipe, prompts.fingerprint, out, device, begins_from)
+        begin_run(recipe, prompts.fingerprint, out, device, begins_from, judges)
+        clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
         self.metrics, self.shown = MetricsLog(out / METRICS, tensorboard=tensorboard), MetricsLog(out / ROLLOUTS)
@@ -187,24 +199,49 @@ class _Run:
                 seed=f"{self.recipe.run.seed} {self.step} {round_number}", record_experts=self.replay, first_group=len(drawn) // size,
             )  # fmt: skip
             consumed += wanted
-            scored = self._scored(new)
-            values = torch.tensor([[float("nan") if r is None else r for r in scored.total]], dtype=torch.float64).view(-1, size)
-            found.append(advantages(values, self.objective.advantage).flatten())
-            teaches = (found[-1].view(-1, size) != 0).any(dim=1).tolist()
-            kept += [len(drawn) + i for i in range(len(new)) if teaches[i // size] or not self.objective.drop_equal_groups]
+            earned = self.rewards.score(new)
+            scored = self._with_penalty(earned, new)
+            found.append(self._advantages(scored, new, self.objective))
+            differ = self._differ(earned, new)
+            kept += [len(drawn) + i for i in range(len(new)) if differ[i // size] or not self.objective.drop_equal_groups]
             drawn, scores = drawn + new, scores + scored
             if len(kept) == section.prompts * size:
                 break
+        self._require_scores(scores)
         if self.objective.overlong == "mask":
             kept = [i for i in kept if not drawn[i].truncated]
-        return _Batch(drawn, scores, torch.cat(found).float(), kept, consumed, time.perf_counter() - began)
+        return _Batch(drawn, scores, torch.cat(found), kept, consumed, time.perf_counter() - began)
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> Scores:
-        scores, limit = self.rewards.score(rollouts), self.recipe.rollout.max_tokens
-        if self.objective.overlong == "penalty":
-            penalties = [overlong_penalty(len(rollout.tokens), limit, self.objective.overlong_buffer) for rollout in rollouts]
-            scores = scores.with_part("overlong", penalties)
-        return scores
+    def _with_penalty(self, scores: Scores, rollouts: Sequence[Rollout]) -> Scores:
+        if self.objective.overlong != "penalty":
+            return scores
+        limit, buffer = self.recipe.rollout.max_tokens, self.objective.overlong_buffer
+        return scores.with_part("overlong", [overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
+
+    def _advantages(self, scores: Scores, rollouts: Sequence[Rollout], objective: Objective) -> torch.Tensor:
+        section = self.recipe.rollout
+        return advantages_of(
+            self.recipe.supervision, scores, rollouts, objective, group_size=section.group_size, max_tokens=section.max_tokens
+        )
+
+    def _differ(self, earned: Scores, rollouts: Sequence[Rollout]) -> list[bool]:
+        """Tell in which groups rewards differ; the length penalty is none of them: DAPO's eq 11 is about right answers and wrong ones."""
+        centred = self._advantages(earned, rollouts, self.objective.model_copy(update={"advantage": "mean"}))
+        found: list[bool] = (centred.view(len(rollouts) // self.recipe.rollout.group_size, -1) != 0).any(dim=1).tolist()
+        return found
+
+    def _require_scores(self, scores: Scores) -> None:
+        """Refuse a step from which nothing can be learned.
+
+        Raises:
+            DataError: no rollout has a score.
+        """
+        if all(earned is None for earned in scores.total):
+            reasons = "; ".join(f"reward {label!r}: {reason}" for label, reason in self.rewards.reasons.items())
+            raise DataError(
+                f"step {self.step + 1}: none of its {len(scores.total)} rollouts has a score: {reasons}",
+                hint="mend the reward, or give prompts that it can judge",
+            )
 
     def _learn(self, batch: _Batch) -> tuple[UpdateResult | None, Agreement | None, float]:
         """Update the policy on a batch; nothing is done where no group has anything to teach."""
@@ -213,16 +250,21 @@ class _Run:
         rollouts = [batch.drawn[i] for i in batch.kept]
         if not rollouts:
             return None, None, rate
-        pieces = pad(rollouts, micro_tokens=recipe.update.micro_tokens, replay=self.replay)
+        own = batch.advantages[batch.kept]
+        learned_from = teaching(own, self.objective, recipe.balance)
+        pieces = pad(rollouts, micro_tokens=recipe.update.micro_tokens, replay=self.replay, teaching=learned_from)
         autocast = torch.autocast("cpu", dtype=self.autocast) if self.autocast else nullcontext()
-        reference = without_graph(self.reference.at(self._reference_step()), pieces, autocast) if self.objective.kl_weight else None
+        reference = None
+        if self.objective.kl_weight:  # its routers choose for themselves: with the policy's experts it would be neither of the two models
+            routed_anew = [replace(piece, experts=None) for piece in pieces]
+            reference = without_graph(self.reference.at(self._reference_step()), routed_anew, autocast)
         old = without_graph(self.model, pieces, autocast) if recipe.update.updates > 1 else None
         alarm = recipe.rollout.alarm or _ALARM[recipe.run.precision]
         agreed = agreement(rollouts, pieces, old, alarm=alarm, step=self.step + 1) if old is not None else None
         learned = None
         for _ in range(recipe.update.updates):
             learned, seen = update(
-                self.model, self.optimizer, pieces, batch.advantages[batch.kept], self.objective, lr=rate,
+                self.model, self.optimizer, pieces, own, self.objective, lr=rate,
                 clip_norm=recipe.optimizer.clip_norm, balance=recipe.balance, autocast=autocast, old=old, reference=reference,
                 recompute=recipe.run.recompute,
                 check=None if agreed else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
@@ -256,9 +298,10 @@ class _Run:
         learned_from = set(batch.kept)
         for i, rollout in enumerate(batch.drawn):
             rewards = {name: values[i] for name, values in batch.scores.parts.items()}
+            steps = batch.scores.steps[i] if batch.scores.steps else None
             self.shown.write(
                 self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
-                advantage=round(batch.advantages[i].item(), 6), learned=i in learned_from,
+                **shown_advantage(batch.advantages[i], len(rollout.tokens), steps), learned=i in learned_from,
             )  # fmt: skip
 
     def _show(self, batch: _Batch) -> None:
@@ -282,20 +325,16 @@ class _Run:
 
     def _print_plan(self) -> None:
         recipe, config = self.recipe, self.start.config
-        section, objective = recipe.rollout, self.objective
-        kl = f"{objective.kl} KL x {objective.kl_weight:g}" if objective.kl_weight else "no KL"
+        section = recipe.rollout
         rows = [
             ("policy", f"{self.start.folder}: {count_parameters(config).total:,} parameters"),
             ("prompts", f"{len(self.prompts):,} to learn from, {len(self.prompts.held_out):,} held out"),
             ("a step", f"{section.prompts} prompts x {section.group_size} answers of at most {section.max_tokens} tokens"),
             ("rewards", ", ".join(f"{part.shown_as} x {part.weight:g}" for part in recipe.reward)),
-            (
-                "objective",
-                f"{objective.ratio} ratio, {objective.advantage} advantage, clip {objective.clip_low:g}/{objective.clip_high:g}, {kl}",
-            ),
+            ("objective", f"{recipe.supervision} supervision, {self.objective}"),
             ("updates", f"{recipe.update.updates} a batch, learning rate {describe_rate(recipe.learning_rate)}"),
             ("engine", f"{self.llm.engine.cache}; up to {section.max_batch} answers at once"),
-            ("steps", f"{recipe.run.steps:,}; {recipe.run.precision} products, {torch.get_num_threads()} threads"),
+            ("steps", f"{recipe.run.steps:,} on the CPU; {recipe.run.precision} products, {torch.get_num_threads()} threads"),
         ]
         table("plan", ("what", "value"), rows)
         if self.step:
@@ -303,24 +342,29 @@ class _Run:
 
 
 def objective_of(recipe: GrpoRecipe) -> Objective:
-    """Return the recipe's objective: a paper's, or the one that it states.
+    """Return the recipe's objective: its paper's, but for what [objective] states.
+
+    What depends on the longest answer is fitted to it unless it is stated: Dr. GRPO's constant, and the buffer of DAPO's penalty, a fifth.
 
     Raises:
-        ConfigError: it does both.
+        ConfigError: the buffer of the penalty is longer than an answer may be, or empty.
     """
-    if recipe.preset is not None and recipe.objective != Objective():
-        raise ConfigError(f"preset = {recipe.preset!r} and [objective] both set the objective", hint="leave one of them out")
-    chosen = recipe.objective if recipe.preset is None else PRESETS[recipe.preset]
-    fitted: dict[str, Any] = {}
+    longest, stated = recipe.rollout.max_tokens, recipe.objective.model_fields_set
+    chosen = PRESETS[recipe.preset] if recipe.preset else Objective()
+    chosen = chosen.model_copy(update={name: getattr(recipe.objective, name) for name in stated})
     if chosen.normalise == "constant" and chosen.constant_len is None:
-        fitted["constant_len"] = recipe.rollout.max_tokens
-    if recipe.preset is not None and chosen.overlong_buffer > recipe.rollout.max_tokens:
-        fitted["overlong_buffer"] = max(1, recipe.rollout.max_tokens // 5)
-    return chosen.model_copy(update=fitted)
+        chosen = chosen.model_copy(update={"constant_len": longest})
+    if chosen.overlong == "penalty" and "overlong_buffer" not in stated:
+        chosen = chosen.model_copy(update={"overlong_buffer": max(1, longest // 5)})
+    if chosen.overlong == "penalty":
+        overlong_penalty(0, longest, chosen.overlong_buffer)  # refuses now what no step could score
+    return chosen
 
 
 def _shown(batch: _Batch, learned: UpdateResult | None) -> dict[str, object]:
     known = [reward for reward in batch.scores.total if reward is not None]
     lengths = [len(rollout.tokens) for rollout in batch.drawn]
     shown: dict[str, object] = {"reward": sum(known) / max(1, len(known)), "length": sum(lengths) / len(lengths)}
-    return shown if learned is None else shown | {"kl": learned.kl, "rollouts_per_s": len(batch.drawn) / batch.seconds}
+    if learned is not None and learned.kl is not None:
+        shown["kl"] = learned.kl
+    return shown | {"rollouts_per_s": len(batch.drawn) / batch.seconds}

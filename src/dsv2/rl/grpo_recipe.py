@@ -7,19 +7,25 @@ from pydantic import Field
 from dsv2.config import Section
 from dsv2.rl.objective import Objective
 from dsv2.rl.reward import RewardSection
+from dsv2.rl.supervision import Supervision
 from dsv2.train.loop import PaceSection
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
 from dsv2.train.recipe import StageRecipe
+from dsv2.train.run_folder import with_seq_len
 from dsv2.train.schedule import LearningRate
 from dsv2.train.sft_recipe import StartSection
+
+MOST_TOKENS = 1024  # of a prompt with its answer where no recipe says
 
 
 class GrpoRunSection(PaceSection):
     """How long, how exactly and how often."""
 
     steps: int = Field(gt=0, description="batches of rollouts that are drawn and learned from")
-    seq_len: int = Field(default=1024, gt=0, description="most tokens of a prompt with its answer")
+    seq_len: int = Field(
+        default=0, ge=0, description=f"most tokens of a prompt with its answer; absent: the model's context, at most {MOST_TOKENS:,}"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32", description="of the trainer's products; with bf16 its log-probabilities are further from the engine's"
     )
@@ -34,7 +40,7 @@ class RolloutSection(Section):
 
     prompts: int = Field(default=32, gt=0, description="prompts a step")
     group_size: int = Field(default=8, gt=1, description="G, answers to a prompt")
-    max_tokens: int = Field(default=256, gt=0, description="longest answer; longer ones are cut")
+    max_tokens: int = Field(default=0, ge=0, description="longest answer; longer ones are cut; absent: half of run.seq_len")
     max_batch: int = Field(default=64, gt=0, description="answers that the engine writes at once")
     cache_gb: float | None = Field(default=None, gt=0, description="of the engine's cache, 1e9 bytes; absent: as much as the answers want")
     tool: Literal["none", "calculator"] = Field(default="none", description="that the policy may call; what it writes is not learned")
@@ -67,6 +73,11 @@ class TaskSection(Section):
     name: Literal["", "arithmetic"] = Field(default="", description="a task that makes its prompts; empty: files")
     digits: int = Field(default=3, gt=0, le=12, description="of the numbers, for arithmetic")
     held_out: int = Field(default=200, ge=0, description="prompts that are kept for evaluation")
+    too_long: Literal["refuse", "error"] = Field(
+        default="refuse",
+        description="what becomes of a prompt that leaves no room for rollout.max_tokens: it is left out, or the run refused",
+    )
+    max_refused: float = Field(default=0.05, ge=0, le=1, description="share of a file's prompts that may be left out; more is an error")
     samples: int = Field(default=4, gt=0, description="answers to each of them: k of pass@k")
 
 
@@ -85,7 +96,10 @@ class GrpoRecipe(StageRecipe):
     model: StartSection = StartSection()
     task: TaskSection = TaskSection()
     preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
-        default=None, description="a paper's objective, in place of [objective]"
+        default=None, description="a paper's objective, but for what [objective] states"
+    )
+    supervision: Supervision = Field(
+        default="outcome", description="what earns: an answer as a whole; or each of its steps, which needs a reward that scores steps"
     )
     objective: Objective = Objective()
     rollout: RolloutSection = RolloutSection()
@@ -93,3 +107,15 @@ class GrpoRecipe(StageRecipe):
     reference: ReferenceSection = ReferenceSection()
     optimizer: OptimizerSection = OptimizerSection()
     balance: GrpoBalanceSection = GrpoBalanceSection()
+
+
+def fitted(recipe: GrpoRecipe, context: int) -> GrpoRecipe:
+    """Return a recipe whose lengths are numbers: what it leaves open is derived from the model's context.
+
+    Args:
+        recipe: as it was loaded.
+        context: tokens that the model holds.
+    """
+    recipe = with_seq_len(recipe, context, most=MOST_TOKENS)
+    longest = recipe.rollout.max_tokens or recipe.run.seq_len // 2
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_tokens": longest})})

@@ -52,8 +52,24 @@ class Objective(Section):
     overlong: Literal["keep", "penalty", "mask"] = Field(
         default="keep", description="answers cut at the limit: scored as they are; a soft penalty before it; left out of the loss"
     )
-    overlong_buffer: int = Field(default=0, ge=0, description="tokens before the limit over which the penalty grows from 0 to 1")
+    overlong_buffer: int = Field(
+        default=0, ge=0, description="tokens before the limit over which the penalty grows from 0 to 1; absent: a fifth of the limit"
+    )
     drop_equal_groups: bool = Field(default=False, description="sample on in place of groups whose rewards are all equal")
+
+    def __str__(self) -> str:
+        """Return every choice in a line, as a plan shows it."""
+        parts = [
+            f"{self.ratio} ratio",
+            f"{self.advantage} advantage",
+            f"mean by {self.normalise}" + (f" ({self.constant_len:,} tokens)" if self.constant_len else ""),
+            f"clip {self.clip_low:g}/{self.clip_high:g}",
+            f"{self.kl} KL x {self.kl_weight:g}" if self.kl_weight else "no KL",
+            f"correction: {self.correction}" + (f" at {self.correction_cap:g}" if self.correction != "none" else ""),
+            f"overlong: {self.overlong}" + (f" over {self.overlong_buffer:,} tokens" if self.overlong == "penalty" else ""),
+            "equal groups drawn anew" if self.drop_equal_groups else "equal groups kept",
+        ]
+        return ", ".join(parts)
 
 
 PRESETS: dict[str, Objective] = {
@@ -61,7 +77,7 @@ PRESETS: dict[str, Objective] = {
     "v2": Objective(ratio="output"),
     "deepseekmath": Objective(),
     "dr_grpo": Objective(advantage="mean", normalise="constant", kl_weight=0.0),
-    # The paper's buffer is a fifth of its longest answer (4096 of 20480 tokens); set it to yours.
+    # The paper's buffer is a fifth of its longest answer (4096 of 20480 tokens); a run takes a fifth of its own (grpo.objective_of).
     "dapo": Objective(normalise="tokens", clip_high=0.28, kl_weight=0.0, overlong="penalty", overlong_buffer=4096, drop_equal_groups=True),
 }
 
@@ -224,16 +240,20 @@ def advantages(rewards: Float[Tensor, "groups size"], kind: Literal["zscore", "m
 
 
 def process_advantages(
-    step_rewards: Float[Tensor, "groups size steps"], step_ends: Int[Tensor, "groups size steps"], lengths: Int[Tensor, "groups size"]
+    step_rewards: Float[Tensor, "groups size steps"],
+    step_ends: Int[Tensor, "groups size steps"],
+    lengths: Int[Tensor, "groups size"],
+    kind: Literal["zscore", "mean", "none"] = "zscore",
 ) -> Float[Tensor, "groups size tokens"]:
     """Return A_{i,t} under process supervision (DSM section 4.1.3): the sum of the normalised rewards of the steps that end at t or later.
 
     Args:
-        step_rewards: of each step, z-scored over all steps of a group; NaN where an output has no such step, or no score for it.
+        step_rewards: of each step, normalised over all steps of a group; NaN where an output has no such step, or no score for it.
         step_ends: index of each step's last token in its output, from 0; whatever where there is no step.
         lengths: tokens of each output; tokens after them get 0.
+        kind: how they are normalised, z-scores in the paper; see ``advantages``.
     """
-    normalised = advantages(step_rewards.flatten(1)).view_as(step_rewards)
+    normalised = advantages(step_rewards.flatten(1), kind).view_as(step_rewards)
     place = torch.arange(int(lengths.max()), device=lengths.device)
     to_come = (step_ends.unsqueeze(-1) >= place) & ~step_rewards.isnan().unsqueeze(-1)
     summed = (normalised.unsqueeze(-1) * to_come).sum(dim=-2)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2.data.conversations import ReadingReport
+from dsv2.data.conversations import ReadingReport, Refused
 from dsv2.data.order import drawn_by_content
 from dsv2.data.preference_filters import filtered, in_proportion
 from dsv2.data.preference_rows import JudgedAnswers, PreferenceRows, render_preferences
 from dsv2.data.preferences import Preference, read_preferences
+from dsv2.errors import DataError
 from dsv2.rl.preference_recipe import PreferenceRecipe
 from dsv2.tokenizer.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ class PreferenceData:
     Args:
         rows: to train on.
         held_out: by domain; empty without any.
-        tokenizer: of the model.
+        tokenizer: of the model, with the template that the answers are written in.
         num_preferences: trained on, by domain.
         reports: what was read and refused, of the training files and of the validation files.
         dropped: rows that the filters left out, by reason.
@@ -60,14 +61,14 @@ def open_preferences(
         tokenizer: of the model.
         paths: files and folders of preferences.
         validation: those held out; without any the recipe's share of the prompts. They are not weighed.
-        form: what the loss makes of a preference; raises DataError where it can make nothing of it.
+        form: what the loss makes of a preference; raises Refused where it can make nothing of it, and the row is refused.
 
     Raises:
         DataError: a file is missing or damaged, more rows are refused than the recipe allows, or none is left.
         ConfigError: the template does not fit the tokenizer, or a weight names no source.
     """
-    section = recipe.data
-    reports = {"training": ReadingReport()} | ({"validation": ReadingReport()} if validation else {})
+    section, tokenizer = recipe.data, tokenizer.with_template(recipe.data.template)
+    reports = {name: ReadingReport("preferences") for name in (("training", "validation") if validation else ("training",))}
     share = 0.0 if validation else section.validation_share
     dropped: Counter[str] = Counter()
 
@@ -75,7 +76,7 @@ def open_preferences(
         given = list(read_preferences(files, reports[name]))
         kept, left_out = filtered(given, drop_contradictions=section.drop_contradictions, max_length_ratio=section.max_length_ratio)
         dropped.update(left_out)
-        return [one for preference in kept for one in form(preference)]
+        return _formed(kept, form, reports[name])
 
     def render(preferences: list[Preference], name: str) -> JudgedAnswers:
         return render_preferences(
@@ -86,14 +87,31 @@ def open_preferences(
     held = read("validation", validation) if validation else [one for one in training if _is_held_out(one, share)]
     if not validation:
         training = [one for one in training if not _is_held_out(one, share)]
-    training = in_proportion(training, section.weights)
+    training = in_proportion(training, section.weights) if training else []
     name = "validation" if validation else "training"
     by_domain = {domain: [one for one in held if one.domain == domain] for domain in dict.fromkeys(one.domain for one in held)}
-    rows = _packed(render(training, "training"), recipe, tokenizer)
-    held_out = {domain: _packed(render(preferences, name), recipe, tokenizer) for domain, preferences in by_domain.items()}
+    answers = render(training, "training")
+    held_answers = {domain: rendered for domain, preferences in by_domain.items() if len(rendered := render(preferences, name))}
+    for found, purpose, which in ((len(answers), "to train on", "training"), (len(held_answers), "to validate on", "validation")):
+        if which in reports and not found:
+            reason = "; ".join(reports[which].lines())
+            raise DataError(f"no preference is left {purpose}: {reason}", hint="raise run.seq_len, or mend the files")
     for which, report in reports.items():
         report.require_few_refused(which, section.max_refused)
-    return PreferenceData(rows, held_out, tokenizer, dict(Counter(one.domain for one in training)), reports, dict(dropped))
+    held_out = {domain: _packed(rendered, recipe, tokenizer) for domain, rendered in held_answers.items()}
+    counts = dict(Counter(one.domain for one in training))
+    return PreferenceData(_packed(answers, recipe, tokenizer), held_out, tokenizer, counts, reports, dict(dropped))
+
+
+def _formed(preferences: Sequence[Preference], form: Callable[[Preference], list[Preference]], report: ReadingReport) -> list[Preference]:
+    """Return what the loss makes of preferences; those of which it can make nothing are refused in ``report``."""
+    found: list[Preference] = []
+    for preference in preferences:
+        try:
+            found += form(preference)
+        except Refused as reason:
+            report.refuse(str(reason), preference.place)
+    return found
 
 
 def _packed(answers: JudgedAnswers, recipe: PreferenceRecipe, tokenizer: Tokenizer) -> PreferenceRows:

@@ -13,6 +13,8 @@ from dsv2.train.recipe import StageRecipe
 from dsv2.train.schedule import BatchSize, LearningRate
 from dsv2.train.sft_recipe import SftRunSection, StartSection
 
+MOST_PLACES = 4096  # of a row whose length no recipe states
+
 
 class PreferencesSection(Section):
     """How preferences become samples, which are left out, and how much each source counts."""

@@ -18,7 +18,7 @@ from dsv2.model.config import Head
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, console, table
 from dsv2.rl.preference_data import PreferenceData
-from dsv2.rl.preference_recipe import PreferenceRecipe
+from dsv2.rl.preference_recipe import MOST_PLACES, PreferenceRecipe
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.loop import LoopPlan, resume_from, train
 from dsv2.train.losses import BalanceSection, Objective
@@ -26,7 +26,7 @@ from dsv2.train.memory import keep_freed_memory, require_training_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, begin_run, settled_recipe, with_seq_len
 from dsv2.train.schedule import check_batch
 from dsv2.train.start import start_hash
 
@@ -79,6 +79,11 @@ def open_start(recipe: PreferenceRecipe, head: Head | None) -> Start:
             hint=f"set run.seq_len={2 * context} or less",
         )
     return Start(opened, Tokenizer.load(folder))
+
+
+def fitted(recipe: R, start: Start, *, answers: int) -> R:
+    """Return a recipe whose rows have a length: its own, else so many of the model's contexts, at most ``MOST_PLACES``."""
+    return with_seq_len(recipe, answers * start.opened.config.max_position_embeddings, most=MOST_PLACES)
 
 
 def run_preferences(
@@ -146,7 +151,7 @@ def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, pla
     """Print what was read and what the run is about to do; ``done`` steps of it are behind it."""
     for name, report in data.reports.items():
         for line in report.lines():
-            console().print(f"{name}: {line}".replace("of them conversations", "of them preferences"), markup=False, soft_wrap=True)
+            console().print(f"{name}: {line}", markup=False, soft_wrap=True)
     steps, config, answers = plan.steps(), start.opened.config, data.rows.answers
     held = ", ".join(f"{domain} {len(rows.answers.groups):,}" for domain, rows in data.held_out.items()) or "none"
     table(

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dsv2.data.conversations import rows_of
+from dsv2.data.conversations import ReadingReport, Refused, conversation_of, rows_of
 from dsv2.data.documents import source_files
 from dsv2.data.order import permute
 from dsv2.errors import ConfigError, DataError
-from dsv2.rl.grpo_recipe import TaskSection
+from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.rollout import Example
-from dsv2.tasks.arithmetic import problems
+from dsv2.tasks.arithmetic import Problem, problems
+from dsv2.tokenizer.chat import render
+from dsv2.tokenizer.tokenizer import Tokenizer
 
 _ENOUGH = 20_000  # problems of a task that makes its own
 
@@ -25,12 +28,14 @@ class Prompts:
         training: to learn from.
         held_out: to evaluate on.
         seed: of the order.
+        report: what was read and refused, as lines of text.
     """
 
-    def __init__(self, training: Sequence[Example], held_out: Sequence[Example], seed: int) -> None:
+    def __init__(self, training: Sequence[Example], held_out: Sequence[Example], seed: int, report: Sequence[str] = ()) -> None:
         if not training:
-            raise DataError("there is no prompt to learn from", hint="give more rows, or lower task.held_out")
-        self.held_out, self._training, self._seed = list(held_out), list(training), seed
+            read = f": {'; '.join(report)}" if report else ""
+            raise DataError(f"there is no prompt to learn from{read}", hint="give more rows, or lower task.held_out")
+        self.held_out, self.report, self._training, self._seed = list(held_out), tuple(report), list(training), seed
 
     def __len__(self) -> int:
         return len(self._training)
@@ -48,40 +53,100 @@ class Prompts:
         return [self._training[int(index)] for index in chosen]
 
 
-def open_prompts(section: TaskSection, files: Sequence[Path], seed: int) -> Prompts:
-    """Make or read the prompts that a recipe asks for.
+def open_prompts(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path]) -> Prompts:
+    """Make or read the prompts that a recipe asks for, and see that each can be answered.
 
-    A row of a file has "messages" (the conversation to answer) or "prompt" (what the user says), and whatever its rewards want:
-    "answer", "tests".
+    A row of a file has "messages" (the conversation to answer) or "prompt" (the same, or what the user says), and whatever its rewards
+    want: "answer", "tests". One that has neither, that cannot be rendered or is answered already, or that leaves no room for an answer is
+    refused and counted. Held out are those whose messages have the lowest hashes: no conversation is on both sides.
+
+    Args:
+        recipe: with its lengths (``grpo_recipe.fitted``).
+        tokenizer: of the model.
+        files: of prompts; none for a task that makes its own.
 
     Raises:
-        ConfigError: a task is named beside files, or neither.
-        DataError: a row is malformed, or there are too few.
+        ConfigError: a task is named beside files, or neither; or the tokenizer's template is none of ours.
+        DataError: more rows are refused than ``task.max_refused``, one is too long where ``task.too_long`` is "error", or too few are left.
     """
+    section, seed = recipe.task, recipe.run.seed
     if bool(section.name) == bool(files):
         raise ConfigError("prompts come from files or from a task: give one of them", hint='--data FILE.jsonl, or task.name="arithmetic"')
     if section.name == "arithmetic":
-        return Prompts(
-            [_asked(problem.question, problem.answer) for problem in problems(_ENOUGH, seed, digits=section.digits, split="train")],
-            [_asked(problem.question, problem.answer) for problem in problems(section.held_out, seed, digits=section.digits, split="test")],
-            seed,
-        )
-    sources, _ = source_files([str(file) for file in files])
-    examples = [_checked(row, f"{file}:{number}") for file in sources for number, row in rows_of(file)]
-    examples.sort(
-        key=lambda example: hashlib.sha256(json.dumps(example, sort_keys=True).encode()).digest()
-    )  # held out by content, not by place
-    return Prompts(examples[section.held_out :], examples[: section.held_out], seed)
+        training = [_asked(problem) for problem in problems(_ENOUGH, seed, digits=section.digits, split="train")]
+        held_out = [_asked(problem) for problem in problems(section.held_out, seed, digits=section.digits, split="test")]
+        longest = max(training, key=lambda example: len(example["messages"][0]["content"]))
+        _require_room(longest, recipe, tokenizer, "the task's longest prompt")
+        return Prompts(training, held_out, seed)
+    report = ReadingReport("prompts")
+    examples = sorted(_read(recipe, tokenizer, files, report), key=_place)
+    report.require_few_refused("prompt", section.max_refused, section="task", room="raise run.seq_len or lower rollout.max_tokens")
+    border = min(section.held_out, len(examples))
+    while 0 < border < len(examples) and examples[border]["messages"] == examples[border - 1]["messages"]:
+        border += 1  # the same question again: on the same side
+    return Prompts(examples[border:], examples[:border], seed, report.lines())
 
 
-def _asked(question: str, answer: str) -> Example:
-    return {"messages": [{"role": "user", "content": question}], "answer": str(answer)}
+def _asked(problem: Problem) -> Example:
+    return {"messages": [{"role": "user", "content": problem.question}], "answer": str(problem.answer)}
 
 
-def _checked(row: Example, where: str) -> Example:
-    row = dict(row)
-    if "messages" not in row:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError(f'{where}: a row needs "messages" or "prompt"; here are {", ".join(sorted(row))}')
-        row["messages"] = [{"role": "user", "content": row.pop("prompt")}]
-    return row
+def _read(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path], report: ReadingReport) -> list[Example]:
+    examples: list[Example] = []
+    for file in source_files([str(file) for file in files])[0]:
+        for number, row in rows_of(file):
+            place = f"{file}:{number}"
+            report.rows += 1
+            try:
+                form, example = _example_of(row)
+                _require_room(example, recipe, tokenizer, place)
+            except Refused as reason:
+                report.refuse(str(reason), place)
+                continue
+            report.read[form] += 1
+            examples.append(example)
+    return examples
+
+
+def _example_of(row: Mapping[str, Any]) -> tuple[str, Example]:
+    """Return a row's form, and its example.
+
+    Raises:
+        Refused: it is no conversation that waits for an answer.
+    """
+    form = next((name for name in ("messages", "prompt") if row.get(name) is not None), None)
+    if form is None:
+        raise Refused(f'a row needs "messages" or "prompt"; here are {", ".join(sorted(row)) or "none"}')
+    given = [{"role": "user", "content": row[form]}] if isinstance(row[form], str) else row[form]
+    messages = conversation_of({"messages": given}, ReadingReport())[1]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise Refused("its last turn is of neither the user nor a tool: there is nothing to answer")
+    return form, {name: value for name, value in row.items() if name != form} | {"messages": messages}
+
+
+def _require_room(example: Example, recipe: GrpoRecipe, tokenizer: Tokenizer, place: str) -> None:
+    """See that a prompt can be rendered and leaves room for an answer.
+
+    Raises:
+        Refused: it cannot, or does not and may be left out.
+        DataError: it does not, and may not be left out.
+    """
+    try:
+        length = len(render(tokenizer, example["messages"], add_generation_prompt=True).tokens)
+    except DataError as error:
+        raise Refused(error.message) from error
+    longest, room = recipe.rollout.max_tokens, recipe.run.seq_len - recipe.rollout.max_tokens
+    if length <= room:
+        return
+    if recipe.task.too_long == "refuse" and not recipe.task.name:
+        raise Refused(f"longer than {room} tokens, which run.seq_len = {recipe.run.seq_len} leaves beside rollout.max_tokens = {longest}")
+    raise DataError(
+        f"{place} takes {length:,} tokens; with rollout.max_tokens = {longest} that is beyond run.seq_len = {recipe.run.seq_len}",
+        hint="raise run.seq_len or lower rollout.max_tokens; with task.too_long=refuse such prompts of files are left out",
+    )
+
+
+def _place(example: Example) -> tuple[bytes, bytes]:
+    """Return where an example stands: by its messages, then by the rest of its row, never by its place in a file."""
+    messages, row = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest() for part in (example["messages"], example))
+    return messages, row

@@ -4,7 +4,8 @@ Its folder has the Hugging Face layout: config.json names DeepseekV2ForSequenceC
 AutoModelForSequenceClassification reads it (tests/rl compares the scores). ``score.weight`` [1, D] stands in place of ``lm_head.weight``.
 """
 
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,12 +21,13 @@ from dsv2.checkpoint.names import SCORE
 from dsv2.checkpoint.shard import TensorSpec
 from dsv2.checkpoint.source import FolderSource, Source
 from dsv2.checkpoint.steps import latest_checkpoint
-from dsv2.errors import CheckpointError, RequestError
+from dsv2.errors import CheckpointError, ConfigError, RequestError
 from dsv2.model.config import Head
 from dsv2.model.transformer import Transformer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 16_384  # places of one forward pass of ``score``
+_ALIGNMENT = 64  # bytes, as torch allocates: products may round differently elsewhere
 
 
 class RewardModel(Transformer):
@@ -34,19 +36,19 @@ class RewardModel(Transformer):
     head: ClassVar[Head] = "score"
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "RewardModel":
-        """Load a reward model from its folder, a run or a step of one, for scoring.
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> "RewardModel":
+        """Load a reward model from its folder, a run or a step of one, for scoring; hashes are compared first unless ``verify`` is False.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is a language model.
         """
         folder = latest_checkpoint(path)
-        if (folder / MANIFEST).is_file():
+        if verify and (folder / MANIFEST).is_file():
             verify_manifest(folder)
         source = FolderSource(open_folder(folder, "score"))
         with torch.device("meta"):
             model = cls(source.config).to(dtype)
-        model.to_empty(device="cpu")
+        model.load_state_dict(_memory_for(model.state_dict()), assign=True)
         fill_model(model, source)
         return model.eval()
 
@@ -59,12 +61,21 @@ class RewardModel(Transformer):
         with torch.autocast(hidden.device.type, enabled=False):  # one product of few rows, whose differences matter
             return nn.functional.linear(hidden.float(), self.score_head.weight.float()).squeeze(-1)
 
-    @torch.no_grad()
     def score(self, answers: Sequence[Sequence[int]], *, tokens_at_once: int = TOKENS_AT_ONCE) -> list[float]:
-        """Return the reward of each answered conversation; each is the same with and without the others.
+        """Return the reward of each answered conversation; see ``score_steps``."""
+        return [found[0] for found in self.score_steps(answers, [[len(ids) - 1] for ids in answers], tokens_at_once=tokens_at_once)]
+
+    @torch.no_grad()
+    def score_steps(
+        self, answers: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], *, tokens_at_once: int = TOKENS_AT_ONCE
+    ) -> list[list[float]]:
+        """Return the rewards of each answered conversation up to each of some tokens; each is the same with and without the others.
+
+        No token sees a later one, so that one pass over a conversation has them all.
 
         Args:
             answers: ids from BOS to the end token that closes the answer.
+            ends: of each conversation, indices of the last tokens that count.
             tokens_at_once: how many places go through the model at a time, at least one conversation.
 
         Raises:
@@ -75,19 +86,72 @@ class RewardModel(Transformer):
                 raise RequestError(
                     f"answer {index} has {len(ids)} tokens; a reward needs 1 to {self.config.max_position_embeddings}",
                 )
-        found = [0.0] * len(answers)
+        found: list[list[float]] = [[] for _ in answers]
         device, was_training = self.score_head.weight.device, self.training
         self.eval()
         try:
             for chosen in _by_length([len(ids) for ids in answers], tokens_at_once):
                 tokens, positions, document_ids = (part.to(device) for part in side_by_side([answers[index] for index in chosen]))
                 hidden = self(tokens, positions, document_ids).hidden[0]
-                rewards = self.rewards(hidden[ends(document_ids)[0]])
-                for index, reward in zip(chosen, rewards.tolist(), strict=True):
-                    found[index] = reward
+                begin = 0
+                for index in chosen:
+                    places = torch.tensor([begin + end for end in ends[index]], device=device)
+                    found[index] = self.rewards(hidden[places]).tolist()
+                    begin += len(answers[index])
         finally:
             self.train(was_training)
         return found
+
+
+class OffloadedRewardModel:
+    """A reward model that is in memory only while it scores, and gives all of that memory back afterwards.
+
+    Args:
+        path: its folder, a run or a step of one; which step is settled here. It is read once here, its hashes compared, so that one that is
+            missing or damaged ends the start of a run and not a step of it.
+        tokenizer: of the policy whose answers it scores; None: not compared.
+        seq_len: tokens that it must be able to read, prompt and answer.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is a language model.
+        ConfigError: its tokenizer is another one, or its context is shorter.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer | None = None, seq_len: int = 0) -> None:
+        self._folder = latest_checkpoint(path)
+        context = RewardModel.load(self._folder).config.max_position_embeddings
+        if context < seq_len:
+            raise ConfigError(
+                f"the reward model {self._folder} reads {context} tokens; prompts and answers may have run.seq_len = {seq_len}",
+                hint=f"set run.seq_len={context} or less, or train a reward model from a model of longer context",
+            )
+        has_own = (self._folder / "tokenizer.json").is_file()
+        if tokenizer is not None and has_own and Tokenizer.load(self._folder).fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"the reward model {self._folder} has another tokenizer than the policy, whose tokens it is to score",
+                hint="train it from the model that the policy begins with: dsv2 reward",
+            )
+
+    def score(self, answers: Sequence[Sequence[int]]) -> list[float]:
+        """Return the reward of each answered conversation; see ``RewardModel.score``."""
+        return RewardModel.load(self._folder, verify=False).score(answers)
+
+    def score_steps(self, answers: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the rewards of each conversation up to each of some tokens; see ``RewardModel.score_steps``."""
+        return RewardModel.load(self._folder, verify=False).score_steps(answers, ends)
+
+
+def _memory_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of these shapes, not yet filled, in one mapping of their own: what malloc frees it may keep, this goes back whole."""
+    begins, size = {}, 0
+    for name, tensor in state.items():
+        begins[name] = size
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped when its last tensor goes
+    return {
+        name: torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=begins[name]).view(tensor.shape)
+        for name, tensor in state.items()
+    }
 
 
 def _by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

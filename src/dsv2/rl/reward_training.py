@@ -7,24 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dsv2.checkpoint.huggingface import fill_model
 from dsv2.data.batch import Batch
+from dsv2.data.conversations import Refused
 from dsv2.data.loader import sequential_batches
 from dsv2.data.preference_rows import PreferenceRows
 from dsv2.data.preferences import Preference
-from dsv2.errors import DataError
 from dsv2.model.transformer import Transformer
 from dsv2.rl.calibration import Calibration, calibrate, calibrate_margins
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, Start, by_figure, fitted, open_start, run_preferences
 from dsv2.rl.reward_losses import bradley_terry, logistic, squared_error
 from dsv2.rl.reward_model import RewardModel, ends, reward_source
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
 from dsv2.train.run_folder import load_stage_recipe, require_resume
+
+Values = Float[np.ndarray, "values"]  # of held-out answers or pairs
 
 _MARGIN_BINS = 24  # of the histogram in the report
 
@@ -58,6 +61,7 @@ def run(
     recipe = load_stage_recipe(target, RewardRecipe, "reward", overrides)
     require_resume(out, resume)
     start = open_start(recipe, None)
+    recipe = fitted(recipe, start, answers=2 if recipe.loss.kind == "pairwise" else 1)
     preferences = open_preferences(recipe, start.tokenizer, data, validation=validation, form=form_of(recipe.loss))
     train_reward_model(recipe, start, preferences, out, tensorboard=tensorboard)
 
@@ -80,18 +84,18 @@ def train_reward_model(recipe: RewardRecipe, start: Start, data: PreferenceData,
 
 
 def form_of(loss: RewardLossSection) -> Callable[[Preference], list[Preference]]:
-    """Return what a loss makes of a preference: pairs are two single answers, 1 and 0, to a point-wise one."""
+    """Return what a loss makes of a preference: pairs are two single answers, 1 and 0, to a point-wise one; or it raises Refused."""
 
     def pair(preference: Preference) -> list[Preference]:
         if not preference.is_pair:
-            raise DataError(f"{preference.place}: one answer with a score, which loss.kind = 'pairwise' cannot use", hint="use logistic")
+            raise Refused("it is one answer with a score; loss.kind = 'pairwise' takes pairs, 'logistic' and 'squared' take both")
         return [preference]
 
     def point(preference: Preference) -> list[Preference]:
         if preference.is_pair:
             return [replace(preference, answers=(answer,), score=s) for answer, s in zip(preference.answers, (1.0, 0.0), strict=True)]
         if loss.kind == "logistic" and not 0 <= (preference.score or 0.0) <= 1:
-            raise DataError(f"{preference.place}: score = {preference.score:g}; loss.kind = 'logistic' takes 0 to 1", hint="use squared")
+            raise Refused("its score is beyond 0 to 1, which loss.kind = 'logistic' takes; 'squared' takes any")
         return [preference]
 
     return pair if loss.kind == "pairwise" else point
@@ -169,18 +173,19 @@ def held_out_figures(
         return {"loss": float(((rewards - rows.answers.targets) ** 2).mean())}
     if loss.kind == "logistic":
         right = rows.answers.targets
-        margins = rewards * (2 * right - 1)
-        return _figures(margins, calibrate((1 / (1 + np.exp(-rewards))).tolist(), right.tolist()))
+        losses = np.logaddexp(0.0, rewards) - right * rewards  # cross-entropy of sigma(r) with a label that need not be 0 or 1
+        return _figures(rewards * (2 * right - 1), losses, calibrate((1 / (1 + np.exp(-rewards))).tolist(), right.tolist()))
     chosen, rejected = rewards.reshape(-1, 2).T
-    return _figures(chosen - rejected, calibrate_margins((chosen - rejected).tolist()))
+    margins = chosen - rejected
+    return _figures(margins, np.logaddexp(0.0, -margins), calibrate_margins(margins.tolist()))
 
 
-def _figures(margins: Any, calibration: Calibration) -> dict[str, Any]:
+def _figures(margins: Values, losses: Values, calibration: Calibration) -> dict[str, Any]:
     counts, edges = np.histogram(margins, bins=_MARGIN_BINS)
     return {
         "accuracy": float(((np.sign(margins) + 1) / 2).mean()),
         "margin": float(margins.mean()),
-        "loss": float(np.logaddexp(0.0, -margins).mean()),
+        "loss": float(losses.mean()),
         "calibration_error": calibration.error,
         "calibration": [calibration.predicted, calibration.observed, calibration.counts],
         "margins": [edges.tolist(), counts.tolist()],

@@ -7,16 +7,18 @@ drew: nothing is ever encoded again. Seeds are functions of run, step and place,
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
 
 from dsv2.engine.llm import LLM
-from dsv2.engine.request import Output, SamplingParams
+from dsv2.engine.request import MAX_SAMPLES, Output, SamplingParams
 from dsv2.errors import DataError
 from dsv2.rl.tools import Tool
-from dsv2.tokenizer.chat import render, stop_ids
+from dsv2.tokenizer.chat import content_of, render, stop_ids
+from dsv2.tokenizer.tokenizer import Tokenizer
 
 Example = Mapping[str, Any]  # "messages" (the conversation to answer), and what a reward wants: "answer", "tests", ...
 
@@ -30,7 +32,8 @@ class Rollout:
         tokens: what followed, the end token included.
         logprobs: of each of them when it was drawn, natural logarithm; 0 where a tool wrote it.
         mask: whether the policy wrote it (True) or a tool did.
-        text: of ``tokens``, without the end token.
+        text: of ``tokens``, without the end token: the answer's content, as a conversation holds it.
+        text_ends: for each of ``tokens``, how many characters of ``text`` are whole behind it.
         finish_reason: "stop" or "length".
         group: number of the prompt within its step.
         index: number of the answer within its group.
@@ -43,6 +46,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     mask: tuple[bool, ...]
     text: str
+    text_ends: tuple[int, ...]
     finish_reason: str
     group: int
     index: int
@@ -55,10 +59,11 @@ class Rollout:
         return self.finish_reason != "stop"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what rollouts.jsonl holds of it."""
+        """Return what rollouts.jsonl holds of it; what rewards know of the prompt, tests perhaps, stands with a group's first answer."""
+        known = {} if self.index else {"example": {name: value for name, value in self.example.items() if name != "messages"}}
         return {
             "group": self.group, "index": self.index, "prompt": self.example["messages"], "text": self.text, "num_tokens": len(self.tokens),
-            "finish_reason": self.finish_reason, "example": {name: value for name, value in self.example.items() if name != "messages"},
+            "finish_reason": self.finish_reason, **known,
         }  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def draw(
         DataError: a prompt is malformed, or leaves no room for an answer.
     """
     ends = stop_ids(llm.tokenizer)
-    unfinished = []
+    asked: list[list[_Draft]] = []
     for group, example in enumerate(examples, first_group):
         tokens = tuple(render(llm.tokenizer, example["messages"], add_generation_prompt=True).tokens)
         if len(tokens) + max_tokens > llm.engine.max_len:
@@ -98,23 +103,25 @@ def draw(
                 f"beyond run.seq_len = {llm.engine.max_len}",
                 hint="raise run.seq_len, lower rollout.max_tokens, or leave long prompts out",
             )
-        unfinished += [_Draft(tokens, example, group, index) for index in range(group_size)]
-    drafts = list(unfinished)
+        drafts = [_Draft(tokens, example, group, index) for index in range(group_size)]
+        # answers of one request: what they have in common is read, and its experts recorded, once
+        asked += [drafts[first : first + MAX_SAMPLES] for first in range(0, group_size, MAX_SAMPLES)]
+    drawn = list(chain.from_iterable(asked))
     turn = 0
-    while unfinished:
+    while asked:
         params = [
             SamplingParams(
-                max_tokens=max_tokens - len(draft.tokens), seed=_seed(seed, draft.group, draft.index, turn), logprobs=0,
-                stop_token_ids=ends, stop=() if tool is None else tool.stops, include_stop=tool is not None,
+                n=len(drafts), max_tokens=max_tokens - len(drafts[0].tokens), seed=_seed(seed, drafts[0].group, drafts[0].index, turn),
+                logprobs=0, stop_token_ids=ends, stop=() if tool is None else tool.stops, include_stop=tool is not None,
             )
-            for draft in unfinished
+            for drafts in asked
         ]  # fmt: skip
-        prompts = [(*draft.prompt, *draft.tokens) for draft in unfinished]
-        for draft, output in zip(unfinished, llm.generate(prompts, params, record_experts=record_experts), strict=True):
+        outputs = llm.generate([(*drafts[0].prompt, *drafts[0].tokens) for drafts in asked], params, record_experts=record_experts)
+        for draft, output in zip(chain.from_iterable(asked), outputs, strict=True):
             draft.add(output, ends, max_tokens, tool, llm)
-        unfinished = [draft for draft in unfinished if draft.finish_reason is None]
+        asked = [[draft] for draft in chain.from_iterable(asked) if draft.finish_reason is None]  # after a tool, each has its own prompt
         turn += 1
-    return [draft.finished(llm) for draft in drafts]
+    return [draft.finished(llm) for draft in drawn]
 
 
 class _Draft:
@@ -134,7 +141,10 @@ class _Draft:
         self.tokens += output.tokens
         self.logprobs += [entry.logprob for entry in output.logprobs]
         self.mask += [True] * len(output.tokens)
-        self.experts = output.experts
+        if self.experts is None or output.experts is None:
+            self.experts = output.experts
+        else:  # what was read before a tool's turn is read again behind it; its tokens were drawn through the experts of the first time
+            self.experts = np.concatenate([self.experts, output.experts[len(self.experts) :]])
         if output.finish_reason != "stop" or tool is None or self.tokens[-1] in ends:
             self.finish_reason = output.finish_reason or "length"
             return
@@ -150,10 +160,24 @@ class _Draft:
     def finished(self, llm: LLM) -> Rollout:
         """Return it."""
         written = self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+        text, ends = text_with_ends(llm.tokenizer, written)
+        content = content_of(llm.tokenizer.template, text)
+        ends = tuple(max(0, end - len(text) + len(content)) for end in ends)
         return Rollout(
-            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), llm.tokenizer.decode(written),
+            self.prompt, tuple(self.tokens), tuple(self.logprobs), tuple(self.mask), content,
+            ends if len(written) == len(self.tokens) else (*ends, len(content)),
             self.finish_reason or "length", self.group, self.index, self.example, self.experts,
         )  # fmt: skip
+
+
+def text_with_ends(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Decode tokens; return the text, and for each token how many characters of it are whole behind that token.
+
+    A character whose bytes are spread over tokens is whole behind the last of them; one that is cut off at the end is whole behind none.
+    """
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    return "".join([*pieces, stream.finish()]), tuple(accumulate(map(len, pieces)))
 
 
 def _seed(seed: str, group: int, index: int, turn: int) -> int:

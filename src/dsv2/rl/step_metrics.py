@@ -9,7 +9,10 @@ from dsv2.rl.rollout import Rollout
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int) -> dict[str, Any]:
-    """Return rewards, their spread, lengths and how answers ended; rollouts without a score count in ``unscored`` alone."""
+    """Return rewards, their spread, lengths and how answers ended; rollouts without a score count in ``unscored`` alone.
+
+    Of those, by reward: ``failed`` counts where it raised or was no number; for the others it could not tell.
+    """
     known = [reward for reward in scores.total if reward is not None]
     groups = [[r for r in scores.total[i : i + group_size] if r is not None] for i in range(0, len(rollouts), group_size)]
     lengths = [len(rollout.tokens) for rollout in rollouts]
@@ -28,7 +31,13 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
     }
     for name, values in scores.parts.items():
         some = [value for value in values if value is not None]
-        line |= {f"rewards/{name}/mean": _mean(some), f"rewards/{name}/std": statistics.pstdev(some) if some else None}
+        line |= {
+            f"rewards/{name}/mean": _mean(some), f"rewards/{name}/std": statistics.pstdev(some) if some else None,
+            f"rewards/{name}/unscored": len(values) - len(some), f"rewards/{name}/failed": scores.failed.get(name, 0),
+        }  # fmt: skip
+    if scores.steps:
+        earned = [[reward for _, reward in steps] for steps in scores.steps if steps is not None]
+        line |= {"steps/mean_count": _mean([len(own) for own in earned]), "steps/reward": _mean([r for own in earned for r in own])}
     return line
 
 

@@ -6,7 +6,7 @@ old log-probabilities are those of the same forward pass; with more, a pass with
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsv2.errors import Dsv2Error
 from dsv2.kernels import linear_log_probs
+from dsv2.model.config import ModelConfig
 from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
 from dsv2.rl.objective import LossParts, Objective, grpo_loss, importance_weights
@@ -36,7 +37,8 @@ class Padded:
 
     Args:
         rows: places of its rollouts in the batch.
-        read: [B, S] the tokens that the model reads: prompt and answer but its last.
+        lengths: [B] tokens of each that the model reads: prompt and answer but its last.
+        read: [B, S] these tokens.
         at: [B, T] where in a row the hidden state stands that predicts an answer's token.
         tokens: [B, T] the answers.
         mask: [B, T] True at tokens that the policy chose.
@@ -45,6 +47,7 @@ class Padded:
     """
 
     rows: Int[Tensor, " batch"]
+    lengths: Int[Tensor, " batch"]
     read: Int[Tensor, "batch read"]
     at: Int[Tensor, "batch answer"]
     tokens: Int[Tensor, "batch answer"]
@@ -70,10 +73,10 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What an update did: the parts of its loss, and the norm of its gradient before clipping."""
+    """What an update did: the parts of its loss, ``kl`` None without a reference, and the norm of its gradient before clipping."""
 
     loss: float
-    kl: float
+    kl: float | None
     entropy: float
     clipped_low: float
     clipped_high: float
@@ -81,12 +84,33 @@ class UpdateResult:
     grad_norm: float
 
 
-def pad(rollouts: Sequence[Rollout], *, micro_tokens: int, replay: bool) -> list[Padded]:
-    """Cut a batch into micro-batches of at most ``micro_tokens`` places each, padding included; a longer rollout is one by itself."""
+def teaching(advantages: Tensor, objective: Objective, balance: BalanceSection) -> list[bool]:
+    """Tell which rollouts have a part in the gradient: with a KL or balance losses all, else those with an advantage.
+
+    Where that would be none, all: the optimiser's step then has a gradient of 0, as it has for any other rollouts without one.
+
+    Args:
+        advantages: [N] or [N, tokens].
+        objective: of the loss.
+        balance: weights of the balance losses.
+    """
+    own = (advantages != 0).view(len(advantages), -1).any(dim=1)
+    if objective.kl_weight or _is_on(balance) or not own.any():
+        return [True] * len(advantages)
+    found: list[bool] = own.tolist()
+    return found
+
+
+def pad(rollouts: Sequence[Rollout], *, micro_tokens: int, replay: bool, teaching: Sequence[bool] | None = None) -> list[Padded]:
+    """Cut a batch into micro-batches of at most ``micro_tokens`` places each, padding included; a longer rollout is one by itself.
+
+    Rollouts that have a part in the gradient (``teaching``) and others do not share one: the others need no backward pass.
+    """
     lengths = [len(rollout.prompt_tokens) + len(rollout.tokens) - 1 for rollout in rollouts]
+    kinds = [True] * len(rollouts) if teaching is None else list(teaching)
     pieces: list[list[int]] = []
-    for row in sorted(range(len(rollouts)), key=lambda row: (lengths[row], row)):  # ascending: the newest is the longest
-        if pieces and (len(pieces[-1]) + 1) * lengths[row] <= micro_tokens:
+    for row in sorted(range(len(rollouts)), key=lambda row: (kinds[row], lengths[row], row)):  # ascending: the newest is the longest
+        if pieces and kinds[pieces[-1][0]] == kinds[row] and (len(pieces[-1]) + 1) * lengths[row] <= micro_tokens:
             pieces[-1].append(row)
         else:
             pieces.append([row])
@@ -95,7 +119,8 @@ def pad(rollouts: Sequence[Rollout], *, micro_tokens: int, replay: bool) -> list
 
 def _padded(rollouts: Sequence[Rollout], rows: Sequence[int], replay: bool) -> Padded:
     chosen = [rollouts[row] for row in rows]
-    width = max(len(r.prompt_tokens) + len(r.tokens) - 1 for r in chosen)
+    lengths = [len(r.prompt_tokens) + len(r.tokens) - 1 for r in chosen]
+    width = max(lengths)
     longest = max(len(r.tokens) for r in chosen)
     read, tokens, at = (np.zeros((len(rows), size), dtype=np.int64) for size in (width, longest, longest))
     mask, behaviour = np.zeros((len(rows), longest), dtype=bool), np.zeros((len(rows), longest), dtype=np.float32)
@@ -111,11 +136,11 @@ def _padded(rollouts: Sequence[Rollout], rows: Sequence[int], replay: bool) -> P
             np.arange(top), (len(rows), width, layers, top)
         ).copy()  # padding goes to any experts: its results are not read
         for i, e in enumerate(recorded):
-            assert e is not None and len(e) == len(chosen[i].prompt_tokens) + len(chosen[i].tokens) - 1
+            assert e is not None and len(e) == lengths[i]
             padded[i, : len(e)] = e
         experts = torch.from_numpy(padded.transpose(2, 0, 1, 3).astype(np.int64))
     read_t, at_t, tokens_t, mask_t, behaviour_t = (torch.from_numpy(array) for array in (read, at, tokens, mask, behaviour))
-    return Padded(torch.tensor(rows), read_t, at_t, tokens_t, mask_t, behaviour_t, experts)
+    return Padded(torch.tensor(rows), torch.tensor(lengths), read_t, at_t, tokens_t, mask_t, behaviour_t, experts)
 
 
 def log_probs(
@@ -180,7 +205,7 @@ def update(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     pieces: Sequence[Padded],
-    advantages: Float[Tensor, " rollouts"],
+    advantages: Float[Tensor, " rollouts"] | Float[Tensor, "rollouts tokens"],
     objective: Objective,
     *,
     lr: float,
@@ -198,7 +223,7 @@ def update(
         model: the policy.
         optimizer: of its parameters.
         pieces: the batch as micro-batches.
-        advantages: of each rollout of the batch.
+        advantages: of each rollout of the batch, or of each of its tokens.
         objective: what is minimised.
         lr: learning rate.
         clip_norm: largest global gradient norm.
@@ -216,41 +241,67 @@ def update(
         denominator = sum(int(piece.mask.sum()) for piece in pieces)
     else:
         denominator = sum(int(piece.mask.any(dim=1).sum()) for piece in pieces)
-    parts, seen, entropies, weights = [], [], 0.0, []
+    parts, seen, entropies = [], [], 0.0
+    teaches = torch.tensor(teaching(advantages, objective, balance))
     for number, piece in enumerate(pieces):
-        with autocast:
+        learns = bool(teaches[piece.rows].any())
+        with autocast, torch.set_grad_enabled(learns):
             logp, entropy, stats = log_probs(model, piece, recompute=recompute)
-            extra = balance_loss(stats, balance, model.config) * (len(piece.read) / len(advantages))
+            extra = _balance(stats, piece.lengths, balance, model.config) / len(advantages)
         before = logp.detach() if old is None else old[number]
         correction = None
         if objective.correction != "none":
             correction = importance_weights(
                 piece.behaviour, before, piece.mask, objective.correction, objective.correction_cap, objective.ratio
             )
+        own = advantages[piece.rows]
         part = grpo_loss(
-            objective, logp, before, None if reference is None else reference[number], advantages[piece.rows], piece.mask, correction,
-            denominator=denominator,
+            objective, logp, before, None if reference is None else reference[number],
+            own if own.ndim == 1 else own[:, : piece.mask.shape[1]], piece.mask, correction, denominator=denominator,
         )  # fmt: skip
-        (part.loss + extra).backward()
+        if learns:
+            (part.loss + extra).backward()
         parts.append(part)
         seen.append(logp.detach())
         entropies += entropy.sum().item()
-        weights.append(float(piece.mask.sum()))
     try:
         found = None if check is None else check(seen)
     except LogProbsDiffer:
         optimizer.zero_grad(set_to_none=True)
         raise
+    # shares of a micro-batch are of its tokens, or of its outputs where ratios are of those
+    weights = [float((piece.mask.any(dim=1) if objective.ratio == "output" else piece.mask).sum()) for piece in pieces]
     result = UpdateResult(
         sum(part.loss.item() for part in parts),
-        sum(part.kl.item() for part in parts),
-        entropies / max(1.0, sum(weights)),
+        None if reference is None else sum(part.kl.item() for part in parts),
+        entropies / max(1, sum(int(piece.mask.sum()) for piece in pieces)),
         _mean(parts, weights, "clipped_low"),
         _mean(parts, weights, "clipped_high"),
         max(part.ratio_max.item() for part in parts),
         _step(model, optimizer, lr, clip_norm),
     )
     return result, found
+
+
+def _is_on(balance: BalanceSection) -> bool:
+    return bool(balance.expert or balance.device or balance.communication)
+
+
+def _balance(
+    stats: Sequence[RouterStats], lengths: Int[Tensor, " batch"], balance: BalanceSection, config: ModelConfig
+) -> Float[Tensor, ""]:
+    """Return the balance losses summed over a micro-batch's rollouts; padding is no part of any load."""
+    if not _is_on(balance):
+        return torch.zeros(())
+    if balance.scope == "micro-batch":
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        pooled = [replace(layer, affinity=layer.affinity[real][None], experts=layer.experts[real][None]) for layer in stats]
+        return balance_loss(pooled, balance, config) * len(lengths)
+    found = []
+    for row, length in enumerate(lengths.tolist()):
+        own = [replace(layer, affinity=layer.affinity[[row], :length], experts=layer.experts[[row], :length]) for layer in stats]
+        found.append(balance_loss(own, balance, config))
+    return torch.stack(found).sum()
 
 
 def _step(model: Transformer, optimizer: torch.optim.Optimizer, lr: float, clip_norm: float) -> float:

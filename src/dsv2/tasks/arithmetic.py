@@ -18,6 +18,8 @@ Split = Literal["train", "test"]
 TEST_SHARE = 0.1  # of the pairs of numbers
 CHINESE_SHARE = 0.25  # of the questions
 
+STEP_SEPARATOR = re.compile("[,:]")  # of a working and the answer behind it
+
 _QUESTIONS = {
     ("en", "+"): ("What is {} + {}?", "Calculate {} + {}.", "How much is {} plus {}?", "Add {} and {}.", "{} + {} = ?"),
     ("en", "-"): ("What is {} - {}?", "Calculate {} - {}.", "How much is {} minus {}?", "What is left of {} without {}?", "{} - {} = ?"),
@@ -25,6 +27,7 @@ _QUESTIONS = {
     ("zh", "-"): ("{} - {} 等于多少？", "计算 {} - {}。", "{} 减 {} 是多少？"),
 }
 _NUMBER = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*")
+_EQUATION = re.compile(r"\s*([0-9]{1,18}(?:[+-][0-9]{1,18})+)=(-?[0-9]{1,18})\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,12 @@ def working(problem: Problem) -> str:
             result = first - second - bool(carry)
         steps.append(f"{first}{problem.sign}{second}{carry}={result}")
     return ", ".join(steps)
+
+
+def holds(step: str) -> bool:
+    """Tell whether a step of a working, such as ``4+7+1=12``, is right as it stands; what is no sum or difference is not."""
+    equation = _EQUATION.fullmatch(step)
+    return equation is not None and sum(map(int, re.findall(r"[+-]?[0-9]+", equation[1]))) == int(equation[2])
 
 
 def near_miss(problem: Problem, generator: random.Random) -> str:

@@ -148,6 +148,8 @@ def plan(tests: Asserts | Check) -> Calls | Examination:
         DataError: the tests themselves are no Python.
     """
     try:
+        if isinstance(tests, Asserts) and not tests.statements:
+            raise ValueError("there are none")
         if isinstance(tests, Check):
             return _calls_of_check(tests) or _check_examined(tests)
         return _calls_of_asserts(tests) or _asserts_examined(tests)
@@ -190,21 +192,34 @@ def _calls_of_check(tests: Check) -> Calls | None:
 
 
 def _call(statement: ast.stmt, known: frozenset[str]) -> Call | None:
-    """Part `assert f(...) == literal`.
+    """Part `assert f(...) == literal`, or `assert Class(...).method(...) == literal`.
 
     Not if f is the test's own or, given anything but literals, a builtin: what it is given may tell what is expected.
     """
     if not (isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare) and len(statement.test.ops) == 1):
         return None
     left, right = statement.test.left, statement.test.comparators[0]
-    if not (isinstance(statement.test.ops[0], ast.Eq) and isinstance(left, ast.Call) and isinstance(left.func, ast.Name)):
+    called = _made(left) or left
+    if not (isinstance(statement.test.ops[0], ast.Eq) and isinstance(called, ast.Call) and isinstance(called.func, ast.Name)):
         return None
-    if left.func.id in known or (hasattr(builtins, left.func.id) and not _is_plain_call(left)):
+    if called.func.id in known or (hasattr(builtins, called.func.id) and not _is_plain_call(called)):
         return None
     try:
         return Call(ast.unparse(left), ast.literal_eval(right))
     except (ValueError, TypeError):
         return None  # the right side is computed
+
+
+def _made(expression: ast.expr) -> ast.Call | None:
+    """Return the call that makes the object in `Class(...).method(...)`.
+
+    A class is known by its capital. What a method of another object is given, as in `f(x).issuperset(y)`, may tell what is expected.
+    """
+    method = expression.func if isinstance(expression, ast.Call) else expression
+    made = method.value if isinstance(method, ast.Attribute) else None
+    if isinstance(made, ast.Call) and isinstance(made.func, ast.Name) and made.func.id[0].isupper():
+        return made
+    return None
 
 
 def _is_plain_call(call: ast.Call) -> bool:

@@ -1,7 +1,9 @@
 """Code as an answer: take the program out of a chat answer, run it against tests, score it. Serves reward and evaluation alike."""
 
+import os
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,7 @@ __all__ = ["Asserts", "Check", "Stdio", "Tests", "extract_code", "grade", "grade
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("python", "python3", "py", "")
-_DEFAULT = Limits()
+_DEFAULT = Limits(scratch_bytes=0)  # what is asked of them needs no files
 
 
 def extract_code(answer: str) -> str | None:
@@ -31,7 +33,9 @@ def extract_code(answer: str) -> str | None:
     if "```" in answer or not answer.strip():
         return None
     try:
-        compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\d" in what a model wrote
+            compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return answer
@@ -43,7 +47,7 @@ def grade(program: str, tests: Tests, limits: Limits = _DEFAULT, *, level: str =
     Args:
         program: Python source, for HumanEval the prompt and its completion.
         tests: see `cases.read_tests`.
-        limits: what the program may take, for all its tests together; Stdio tests are a run each.
+        limits: what the program may take, for all its tests together; Stdio tests are a run each. Files only where they allow some.
         level: the least confinement, as for `sandbox.run`.
 
     Returns:
@@ -67,10 +71,10 @@ def grade(program: str, tests: Tests, limits: Limits = _DEFAULT, *, level: str =
 
 
 def grade_all(
-    programs: Sequence[str], tests: Sequence[Tests], limits: Limits = _DEFAULT, *, level: str = REQUIRED, workers: int = 2
+    programs: Sequence[str], tests: Sequence[Tests], limits: Limits = _DEFAULT, *, level: str = REQUIRED, workers: int | None = None
 ) -> list[Verdict]:
-    """Grade programs in parallel; the verdicts come in the order of the programs."""
-    with ThreadPoolExecutor(workers) as pool:
+    """Grade programs in parallel, by default as many at a time as this process has processors; the verdicts come in their order."""
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda pair: grade(pair[0], pair[1], limits, level=level), zip(programs, tests, strict=True)))
 
 
@@ -96,25 +100,24 @@ def _lines(output: str) -> list[str]:
 
 
 def _grade_calls(program: str, planned: Calls, limits: Limits, level: str, begun: float) -> Verdict:
-    answers: list[list[Any]] = []
+    results: list[str | None] = []
 
     def on_message(_: list[Confined], __: int, message: list[Any]) -> bool:
-        answers.append(message)
-        return len(answers) == len(planned.calls)
+        results.append(_result_of(message, planned.calls[len(results)].expected))  # at once: what they return is not kept
+        return len(results) == len(planned.calls)
 
     job = ("functions", program, planned.setup, [call.expression for call in planned.calls])
     (process,) = converse([job], on_message, limits=limits, level=level)
-    results = [_result_of(answer, call.expected) for answer, call in zip(answers, planned.calls, strict=False)]
     missing = len(planned.calls) - len(results)
     results += ["the program ended before this test"] * missing
     return _verdict(process, begun, results, as_one=planned.as_one)
 
 
-def _result_of(answer: list[Any], expected: Any) -> str:
-    """Return "" for a passed test, else what is wrong."""
+def _result_of(answer: list[Any], expected: Any) -> str | None:
+    """Return None for a passed test, else what is wrong, which may be "": an exception can have no name and say nothing."""
     match answer:
         case ["value", seen] if equals(seen, expected):
-            return ""
+            return None
         case ["value", seen]:
             return f"{str(seen)[:100]} is not what was expected"
         case ["raised", str(name), str(said)]:
@@ -122,8 +125,8 @@ def _result_of(answer: list[Any], expected: Any) -> str:
     return "no answer"
 
 
-def _verdict(process: Confined, begun: float, results: list[str], *, as_one: bool) -> Verdict:
-    wrong = [(number, result) for number, result in enumerate(results, 1) if result]
+def _verdict(process: Confined, begun: float, results: list[str | None], *, as_one: bool) -> Verdict:
+    wrong = [(number, result) for number, result in enumerate(results, 1) if result is not None]
     outcome: Outcome = "memory" if any(result.startswith("MemoryError") for _, result in wrong) else "fail" if wrong else "pass"
     detail = f"test {wrong[0][0]}: {wrong[0][1]}" if wrong else ""
     passed, total = (int(not wrong), 1) if as_one else (len(results) - len(wrong), len(results))
@@ -132,22 +135,28 @@ def _verdict(process: Confined, begun: float, results: list[str], *, as_one: boo
 
 def _grade_examined(program: str, planned: Examination, limits: Limits, level: str, begun: float) -> Verdict:
     """Let an examiner call the program's functions. What decides is what the examiner says, to which no program can write."""
-    results: list[str] = []
+    results: list[str | None] = []
     notes: dict[str, str] = {}  # "asked": a call waits for its answer; "undefined", "broken": why there are no results
 
     def on_message(processes: list[Confined], place: int, message: list[Any]) -> bool:
         examiner, served = processes
-        match message:
-            case ["call", *call] if place == 0:
+        match ("examiner", "served")[place], *message:
+            case ["examiner", *_] if "asked" in notes:
+                examiner.kill("spoke while it waited for an answer")
+            case ["examiner", "call", *call]:
                 notes["asked"] = ""
                 served.send(tuple(call))
-            case ["pass" | "fail", *said] if place == 0:
-                results.append(str(said[0]) if said else "")
-            case ["broken", str(said)] if place == 0:
+            case ["examiner", "pass"]:
+                results.append(None)
+            case ["examiner", "fail", str(said)]:
+                results.append(said)
+            case ["examiner", "broken", str(said)] if not results:
                 notes["broken"] = said
-            case ["defined"]:
-                pass
-            case ["raised", _, str(said)] if "asked" not in notes:
+            case ["examiner", *_]:
+                examiner.kill("said what no examiner says")
+            case ["served", "defined"] if "defined" not in notes:
+                notes["defined"] = ""
+            case ["served", "raised", _, str(said)] if "asked" not in notes:
                 notes["undefined"] = said
             case _ if notes.pop("asked", None) is not None:
                 examiner.send(tuple(message))
@@ -161,7 +170,7 @@ def _grade_examined(program: str, planned: Examination, limits: Limits, level: s
         return Verdict("infrastructure", f"the tests do not run: {notes['broken']}", level=examiner.level)
     missing = len(planned.statements) - len(results)
     if missing and (died := served.died_of() or examiner.died_of()):
-        total, passed = len(planned.statements), len(results) - sum(map(bool, results))
+        total, passed = len(planned.statements), results.count(None)
         return verdict_of(served if served.died_of() else examiner, begun, *died, passed=passed, total=total)
     results += [notes.get("undefined", "the program ended before this test")] * missing
     return _verdict(served, begun, results, as_one=False)

@@ -40,6 +40,8 @@ def _equal_dicts(keys: list[Any], values: list[Any], expected: dict[Any, Any]) -
 
 def _hashable(wire: Any, room: int) -> Any:
     """Return a key or an item of a set. Sets inside it stay small: a program can choose items whose hashes collide, at quadratic cost."""
+    if isinstance(wire, list) and wire[0] not in ("i", "f", "c", "b", "t", "z"):
+        raise ValueError("no key, and not worth building")
     if isinstance(wire, list) and wire[0] == "z" and len(wire) > 64 + room:
         raise ValueError("a frozenset too large to be compared")
     if isinstance(wire, list) and wire[0] in ("t", "z"):

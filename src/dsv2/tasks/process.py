@@ -13,23 +13,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
+from dsv2.tasks import inside
 from dsv2.tasks.inside.confine import LEVELS
+from dsv2.tasks.inside.wire import MAX_DEPTH
 from dsv2.tasks.verdict import Limits, Outcome
 
-_PACKAGE = Path(__file__).parents[1]
-# The package without its __init__.py, which imports what takes longer than the interpreter's start. The program does not see it.
+# The modules of inside/ come compiled through the channel, before all else: to find and compile them took longer than the interpreter's
+# start. The program does not see them.
+_INSIDE = ("syscalls", "confine", "wire", "launch")  # each after those that it imports
 _BOOT = """
-import sys
-package = type(sys)("dsv2")
-package.__path__ = [sys.argv[1]]
-sys.modules["dsv2"] = package
-from dsv2.tasks.inside import launch
-for name in [name for name in sys.modules if name.partition(".")[0] == "dsv2"]:
+import marshal, posix, sys
+channel, package = int(sys.argv[1]), "dsv2.tasks.inside"
+def receive(size):
+    received = b""
+    while len(received) < size:
+        part = posix.read(channel, size - len(received))
+        if not part:
+            posix._exit(1)
+        received += part
+    return received
+sys.modules[package] = inside = type(sys)(package)
+for name, code in marshal.loads(receive(int.from_bytes(receive(4), "little"))):
+    sys.modules[f"{package}.{name}"] = inside.__dict__[name] = type(sys)(f"{package}.{name}")
+    exec(code, inside.__dict__[name].__dict__)
+for name in [name for name in sys.modules if name.startswith(package)]:
     del sys.modules[name]
-launch.main(int(sys.argv[2]))
+inside.launch.main(channel)
 """
 # -P -s -S and an empty environment are the parts of isolated mode (-I), which would also ignore the hash seed: with a random one
 # a program that depends on the order of a set would be rewarded by chance.
@@ -40,6 +54,7 @@ START_S = 30.0  # from start to confined: 0.02 on a machine that has time
 _STDERR_KEPT = 4000
 _POLL_S = 0.02  # how often the size of the scratch folder is looked at
 _LINE_EXTRA = 4096  # of a line on the channel beside its value
+_MOST_LAYERS = MAX_DEPTH + 3  # of lists in a line: the message, the value, a number in it
 
 
 class Confined:
@@ -90,7 +105,7 @@ class Confined:
             ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
             python = os.path.realpath(sys.executable)
             self._process = subprocess.Popen(
-                [*command, python, *_FLAGS, str(_PACKAGE), str(theirs.fileno())],
+                [*command, python, *_FLAGS, str(theirs.fileno())],
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -106,7 +121,8 @@ class Confined:
         self._exit = os.pidfd_open(self._process.pid)
         self._handles = [handle for handle in (self._exit, self._channel, self._stdout, self._stderr, self._stdin_end) if handle >= 0]
         settings = limits.cpu_s, limits.memory_bytes, max(limits.scratch_bytes, 1), limits.open_files
-        self._down = bytearray(_framed((limits.output_bytes, level, 0 if command else os.getpid(), settings, scratch, prefix)))
+        begin = limits.output_bytes, level, 0 if command else os.getpid(), settings, scratch, prefix
+        self._down = bytearray(_own_code() + _framed(begin))
         self._stdin = bytearray(stdin)
         self._register()
 
@@ -139,16 +155,16 @@ class Confined:
             self._selector.modify(self._channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._talk)
 
     def lines(self) -> list[Any]:
-        """Return what arrived on the channel since the last call, after the first message, which this class reads itself."""
-        found = []
-        while (end := self._up.find(b"\n")) >= 0:
+        """Return what arrived on the channel since the last call, after the first message, which this class reads itself.
+
+        What follows a line for which the process is ended is not read, here or later.
+        """
+        found: list[Any] = []
+        while not self.end and (end := self._up.find(b"\n")) >= 0:
             line = bytes(self._up[:end])
             del self._up[: end + 1]
-            try:
-                message = json.loads(line)
-            except (ValueError, RecursionError):
-                message = None
-            if not (isinstance(message, list) and message and isinstance(message[0], str)):
+            message = _message(line)
+            if message is None:
                 self.kill("wrote nonsense to the channel")
             elif not self.level and not self.refusal:
                 self._begin(*message)
@@ -171,22 +187,23 @@ class Confined:
 
     def check(self) -> None:
         """End the process if its time is over or its files are too large."""
-        if self.status is None and time.monotonic() >= self.deadline:
+        if self.status is None and not self.end and time.monotonic() >= self.deadline:
             self.waited_s = self._waited_for_a_processor()
             self.kill("time")
         if self.status is None and self._scratch and _folder_bytes(self._scratch) > self._limits.scratch_bytes:
             self.kill("disk")
 
     def kill(self, why: str) -> None:
-        """End the process and all of its session; the first reason counts."""
+        """End the process and all of its session; the first reason counts, also where it came to its own end before."""
+        self.end = self.end or why
         if self.status is None:
-            self.end = self.end or why
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End the process if need be, wait until it is gone, and close all ways to it."""
-        self.kill("stopped")
+        if self.status is None:
+            self.kill("stopped")
         self._reap()
         for handle in tuple(self._watched):
             self._unwatch(handle)
@@ -195,8 +212,11 @@ class Confined:
 
     def _waited_for_a_processor(self) -> float:
         """Return how many seconds the process stood ready to run and did not; 0 where the system does not say."""
+        pid = str(self._process.pid)
         try:
-            return int(Path(f"/proc/{self._process.pid}/schedstat").read_text().split()[1]) / 1e9
+            while self._wrapped and (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+                pid = children[-1]  # bubblewrap's, and that one's: at the end the program, which has none
+            return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
         except (OSError, ValueError, IndexError):
             return 0.0
 
@@ -291,6 +311,25 @@ class Confined:
         return None
 
 
+def _message(line: bytes) -> list[Any] | None:
+    """Return a line's message; None if no process of ours writes such: no list that begins with a word, an object, or nested too deeply."""
+    try:
+        message = _JSON.decode(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    layer = [message]
+    for _ in range(_MOST_LAYERS):
+        layer = [item for part in layer if isinstance(part, list) for item in part]
+    return message if not layer and isinstance(message, list) and message and isinstance(message[0], str) else None
+
+
+def _refuse_object(_: object) -> None:
+    raise ValueError("objects of JSON are never written")
+
+
+_JSON = json.JSONDecoder(object_hook=_refuse_object)
+
+
 def _taken(stream: IO[bytes] | None) -> int:
     """Return a handle of our own to a pipe, and close the stream; -1 without one."""
     if stream is None:
@@ -302,6 +341,13 @@ def _taken(stream: IO[bytes] | None) -> int:
 def _framed(message: Any) -> bytes:
     content = marshal.dumps(message)
     return len(content).to_bytes(4, "little") + content
+
+
+@cache
+def _own_code() -> bytes:
+    """Return the modules of inside/, compiled, as the first message down."""
+    folder = resources.files(inside)
+    return _framed([(name, compile((folder / f"{name}.py").read_text(), f"{name}.py", "exec", dont_inherit=True)) for name in _INSIDE])
 
 
 def _folder_bytes(folder: str) -> int:
@@ -332,6 +378,8 @@ def drive(processes: list[Confined], selector: selectors.BaseSelector, on_messag
         for place, process in enumerate(processes):
             for message in process.lines():
                 enough = enough or on_message(processes, place, message)
+                if process.end:  # what follows is not believed
+                    break
             process.check()
         enough = enough or ended
 
@@ -352,8 +400,7 @@ def bubblewrap(scratch: str) -> tuple[str, list[str]]:
     if program is None:
         return "", []
     command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--chdir", "/"]
-    for folder in (sys.base_prefix, str(_PACKAGE)):
-        command += ["--ro-bind", folder, folder]
+    command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"):
         command += ["--ro-bind-try", folder, folder]
     if scratch:

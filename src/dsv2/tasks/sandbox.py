@@ -63,7 +63,7 @@ def verdict_of(process: Confined, begun: float, outcome: Outcome, detail: str, *
     outcome, detail = process.died_of() or (outcome, detail)
     return Verdict(
         outcome,
-        detail[:500],
+        _one_line(detail),
         passed=0 if outcome == "infrastructure" else passed,
         total=total,
         stdout=process.stdout.decode(errors="replace"),
@@ -72,6 +72,11 @@ def verdict_of(process: Confined, begun: float, outcome: Outcome, detail: str, *
         wall_s=time.monotonic() - begun,
         level=process.level,
     )
+
+
+def _one_line(detail: str) -> str:
+    """Return what a program said so that it can be shown: it may hold line ends, half characters or a terminal's commands."""
+    return "".join(character if character.isprintable() else " " for character in detail[:500])
 
 
 def _last_line(process: Confined) -> str:

@@ -5,6 +5,7 @@ marker, unless ``parse_special`` is set. The saved folder is an ordinary Hugging
 """
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -94,6 +95,14 @@ class Tokenizer:
         tokenizer.published_template = template_text(file.parent, settings)[0]
         tokenizer.template = recognise(tokenizer.published_template, tokenizer.special_ids)
         return tokenizer
+
+    def with_template(self, template: Template | None) -> "Tokenizer":
+        """Return this tokenizer for a model that is trained with another chat template, which ``save`` then writes; None: as it is."""
+        if template is None or template == self.template:
+            return self
+        changed = copy.copy(self)
+        changed.template, changed.published_template = template, None
+        return changed
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads with identical ids.

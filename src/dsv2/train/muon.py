@@ -20,6 +20,7 @@ from dsv2.model.transformer import Transformer
 # Of the quintic a x + b x^3 + c x^5 that takes singular values in (0, 1] to about 1 in five rounds: Jordan's, and torch's.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ROUNDS, _EPSILON = 5, 1e-7
+_HEADS = ("lm_head", "score_head")  # a language model has the first, a reward model the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def hidden_matrices(model: Transformer) -> dict[str, Cut]:
             experts, hidden, width = module.down_proj.shape
             cuts[f"{name}.gate_up_proj"] = Cut(experts, (width, width))
             cuts[f"{name}.down_proj"] = Cut(experts, (hidden,))
-        elif isinstance(module, nn.Linear) and module is not model.lm_head:
+        elif isinstance(module, nn.Linear) and name not in _HEADS:
             cuts.setdefault(f"{name}.weight", Cut(1, (module.out_features,)))
     return cuts
 

@@ -72,9 +72,14 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
 def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put saved moments back; on the same device they become the optimiser's own, not copies: a run holds them once.
 
+    No tensor at all is the state of an optimiser that has taken no step: a run whose first steps had nothing to learn from.
+
     Raises:
         CheckpointError: a parameter's moments are missing.
     """
+    if not tensors:
+        optimizer.state.clear()
+        return
     moments = {parameter: _moments(group) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in ((name, parameter) for name, parameter in model.named_parameters() if parameter in moments):
         try:

@@ -5,7 +5,7 @@ RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +59,16 @@ def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequ
     return load_recipe(target if is_recipe else "default", schema, folder=folder, overrides=given)
 
 
-def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> R:
+def with_seq_len(recipe: R, context: int, *, most: int) -> R:
+    """Return a recipe whose rows have a length: its own, else as many tokens as ``context`` holds, at most ``most``."""
+    if recipe.run.seq_len:
+        return recipe
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"seq_len": min(context, most)})})
+
+
+def settled_recipe(
+    recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None, judges: Mapping[str, str] | None = None
+) -> R:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
 
     Args:
@@ -68,9 +77,10 @@ def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device,
         out: the run's folder.
         device: where it trains.
         start_hash: of the weights that it begins from, where they are looked at.
+        judges: hashes of the reward models that judge its answers, by folder.
 
     Raises:
-        ConfigError: the run in ``out`` began with another recipe or other data, or there are checkpoints without a recipe.
+        ConfigError: the run in ``out`` began with another recipe, other data or other models, or there are checkpoints without a recipe.
     """
     settled = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, device)})}
@@ -90,6 +100,9 @@ def settled_recipe(recipe: R, fingerprint: str, out: Path, device: torch.device,
         raise ConfigError(f"{out} began with other data: {plan['data'][:16]}, now {fingerprint[:16]}", hint="give the --data it began with")
     if start_hash is not None and plan.get("start") != start_hash:
         raise ConfigError(f"{out} began from other weights than model.start holds now", hint="choose another --out")
+    for folder, hashed in (judges or {}).items():
+        if plan.get("judges", {}).get(folder) != hashed:
+            raise ConfigError(f"{out} began with another reward model than {folder} holds now", hint="put it back, or choose another --out")
     for name, now in (("torch", torch.__version__), ("device", str(device))):
         if plan[name] != now:
             console().print(f"the run began with {name} {plan[name]}, now {now}: sums may differ in their last digits", markup=False)
@@ -108,15 +121,17 @@ def _read_plan(file: Path) -> dict[str, Any]:
     return plan
 
 
-def begin_run(recipe: StageRecipe, fingerprint: str, out: Path, device: torch.device, start_hash: str | None) -> None:
+def begin_run(
+    recipe: StageRecipe, fingerprint: str, out: Path, device: torch.device, start_hash: str | None, judges: Mapping[str, str] | None = None
+) -> None:
     """Clear what a killed run left half written, and save recipe and plan of a run that begins now.
 
-    To be called last of all preparations, so that a failed start leaves nothing behind.
+    To be called last of all preparations, so that a failed start leaves nothing behind. Arguments as of ``settled_recipe``.
     """
     clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     if not (out / RECIPE).exists():
         plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
-        atomic_write_json(out / PLAN, plan | ({"start": start_hash} if start_hash else {}))
+        atomic_write_json(out / PLAN, plan | ({"start": start_hash} if start_hash else {}) | ({"judges": dict(judges)} if judges else {}))
         atomic_write(out / RECIPE, dump_toml(recipe))
 
 

@@ -150,21 +150,18 @@ def print_plan(recipe: SftRecipe, start: StartModel, data: ConversationData, pla
     for name, report in data.reports.items():
         for line in report.lines():
             console().print(f"{name}: {line}", markup=False, soft_wrap=True)
-    steps, config, samples = plan.steps(), start.config, data.rows.samples
+    steps, config, samples, fim = plan.steps(), start.config, data.rows.samples, data.fim
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     how = f"adapters of rank {recipe.lora.rank}" if recipe.lora else "all weights"
     by_domain = ", ".join(f"{domain} {count:,}" for domain, count in data.num_conversations.items())
     held = ", ".join(f"{domain} {len(held.rows.samples):,}" for domain, held in data.held_out.items()) or "none"
+    told = f"{fim.used:,} documents, {fim.used / len(samples):.1%} of the samples; {fim.too_long:,} passed over, longer than a row"
     balance = recipe.balance
     rows = [
         ("model", f"{start.folder}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
         ("trained", f"{trained:,} of {count_parameters(config).total:,} parameters: {how}"),
         ("conversations", by_domain + (f"; {samples.cut:,} cut to a row" if samples.cut else "")),
-        *(
-            [("fill in the middle", f"{data.num_fim:,} documents, {data.num_fim / len(samples):.1%} of the samples")]
-            if data.num_fim
-            else []
-        ),
+        *([("fill in the middle", told)] if fim.used else []),
         ("held out", held),
         ("rows", f"{len(data.rows):,} of {recipe.run.seq_len} places, {data.rows.filled:.1%} filled"),
         ("to learn", f"{samples.num_labels:,} of {samples.num_places:,} tokens: what the assistant writes"),

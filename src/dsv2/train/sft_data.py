@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2.data.conversation_fim import add_fim, fenced_code
+from dsv2.data.conversation_fim import FimCounts, add_fim, fenced_code
 from dsv2.data.conversation_rows import ConversationRows, Samples, render_samples
 from dsv2.data.conversations import Conversation, ReadingReport, read_conversations
 from dsv2.data.documents import read_documents
 from dsv2.data.order import drawn_by_content
+from dsv2.errors import DataError
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft_recipe import SftRecipe
 
@@ -32,9 +33,9 @@ class ConversationData:
     Args:
         rows: to train on.
         held_out: by domain; empty without any.
-        tokenizer: of the model.
+        tokenizer: of the model, with the template that the conversations are written in.
         num_conversations: trained on, by domain.
-        num_fim: documents told as fill-in-the-middle.
+        fim: documents told as fill-in-the-middle, and those that are too long for it.
         reports: what was read and refused, of the training files and of the validation files.
     """
 
@@ -42,7 +43,7 @@ class ConversationData:
     held_out: dict[str, HeldOut]
     tokenizer: Tokenizer
     num_conversations: dict[str, int]
-    num_fim: int
+    fim: FimCounts
     reports: dict[str, ReadingReport]
 
     @property
@@ -65,9 +66,11 @@ def open_conversations(
         fim_documents: files of code for ``data.fim_share``; without any the fenced code of the answers.
 
     Raises:
-        DataError: a file is missing or damaged, more rows are refused than the recipe allows, or a conversation has nothing to learn.
+        DataError: a file is missing or damaged, more rows are refused than the recipe allows, none is left, or a conversation has nothing
+            to learn.
         ConfigError: the template does not fit the tokenizer, or there are too few documents for ``data.fim_share``.
     """
+    tokenizer = tokenizer.with_template(recipe.data.template)
     reports = {"training": ReadingReport()}
     share = 0.0 if validation else recipe.data.validation_share
     conversations: list[Conversation] = []
@@ -75,19 +78,23 @@ def open_conversations(
     for conversation in read_conversations(paths, reports["training"]):
         (held if share and _is_held_out(conversation, share) else conversations).append(conversation)
     domains = _rendered(conversations, tokenizer, recipe, reports["training"])
+    if not domains:
+        raise _none_left("to train on", reports["training"])
     counts = {domain: len(samples) for domain, samples in domains.items()}
     training = _together(domains)
-    num_fim = 0
+    fim = FimCounts(0, 0)
     if recipe.data.fim_share:
         documents = [(f"{d.source}, {d.location}", d.text) for d in read_documents(fim_documents)] if fim_documents else None
-        num_fim = add_fim(
+        fim = add_fim(
             training, list(fenced_code(conversations)) if documents is None else documents, tokenizer,
-            share=recipe.data.fim_share, seq_len=recipe.run.seq_len, seed=recipe.run.seed, report=reports["training"],
+            share=recipe.data.fim_share, seq_len=recipe.run.seq_len, seed=recipe.run.seed,
         )  # fmt: skip
     if validation:
         reports["validation"] = ReadingReport()
         held = list(read_conversations(validation, reports["validation"]))
-    held_samples = _rendered(held, tokenizer, recipe, reports.get("validation", reports["training"])) if held else {}
+    held_samples = _rendered(held, tokenizer, recipe, reports.get("validation", reports["training"]))
+    if validation and not held_samples:
+        raise _none_left("to validate on", reports["validation"])
     for name, report in reports.items():
         report.require_few_refused(name, recipe.data.max_refused)
     return ConversationData(
@@ -96,7 +103,7 @@ def open_conversations(
             domain: HeldOut(ConversationRows(samples, recipe.run.seq_len, pad_id=tokenizer.eos_id), samples.label_bytes(tokenizer))
             for domain, samples in held_samples.items()
         },
-        tokenizer, counts, num_fim, reports,
+        tokenizer, counts, fim, reports,
     )  # fmt: skip
 
 
@@ -104,6 +111,10 @@ def _rendered(conversations: Sequence[Conversation], tokenizer: Tokenizer, recip
     return render_samples(
         conversations, tokenizer, template=recipe.data.template, seq_len=recipe.run.seq_len, too_long=recipe.data.too_long, report=report
     )
+
+
+def _none_left(purpose: str, report: ReadingReport) -> DataError:
+    return DataError(f"no conversation is left {purpose}: {'; '.join(report.lines())}", hint="raise run.seq_len, or mend the files")
 
 
 def _together(domains: dict[str, Samples]) -> Samples:

@@ -35,9 +35,13 @@ class ConversationsSection(Section):
     fim_share: float = Field(default=0.0, ge=0, lt=1, description="of all samples, documents told as fill-in-the-middle")
 
 
+MOST_PLACES = 1024  # of a row whose length no recipe states
+
+
 class SftRunSection(PaceSection):
     """How long, how exactly and how often."""
 
+    seq_len: int = Field(default=0, ge=0, description="places in a row; absent: the model's context, within the stage's bound")
     epochs: float = Field(gt=0, description="how often each row is seen; the last batch is filled up with rows of the next epoch")
 
     def budget(self, num_rows: int) -> RunSection:

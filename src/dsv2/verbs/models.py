@@ -17,6 +17,7 @@ from dsv2.verbs.options import (
     Threads,
     TopK,
     TopP,
+    Verify,
     engine_settings,
     text,
     verb,
@@ -43,6 +44,7 @@ def generate(
     cache: CacheBits = "auto",
     max_len: MaxLen = None,
     threads: Threads = None,
+    verify: Verify = False,
     max_batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Answers to files written at once; 8 without it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, tokens and the reason of the end.")] = False,
 ) -> Call:
@@ -53,7 +55,7 @@ def generate(
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked = {"path": path, "prompt": prompt, "files": files or [], "out": out}
     settings = engine_settings(cache, max_len, threads) | ({} if max_batch is None else {"max_batch": max_batch})
-    return Call("generate", {**asked, **sampling, "dtype": dtype, "as_json": json, **settings})
+    return Call("generate", {**asked, **sampling, "dtype": dtype, "verify": verify, "as_json": json, **settings})
 
 
 @verb("runs/nano", "runs/nano --system 'You answer in one sentence.' --temperature 0.3")
@@ -74,11 +76,13 @@ def chat(
     cache: CacheBits = "auto",
     max_len: MaxLen = None,
     threads: Threads = None,
+    verify: Verify = False,
 ) -> Call:
     """In the chat, /help lists what can be typed. From a pipe, every line of stdin is a turn."""
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     settings = engine_settings(cache, max_len, threads)
-    return Call("chat", {"path": path, "system": system, "template": template, **sampling, "dtype": dtype, **settings})
+    asked = {"path": path, "system": system, "template": template}
+    return Call("chat", {**asked, **sampling, "dtype": dtype, "verify": verify, **settings})
 
 
 @verb(
@@ -130,12 +134,14 @@ def quantize(
     return Call("quantize", {"target": target, "out": out, "scheme": bits})
 
 
-@verb("runs/nano --out report.html", "runs/a runs/b --out compare.html")
+@verb("runs/nano --out report.html", "runs/a runs/b --out compare.html", "runs/grpo --out grpo.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of training runs.")],
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="File to write.")],
 ) -> Call:
-    """The file holds everything that it shows: loss, bits per byte by domain, load of the experts, samples."""
+    """The file holds everything that it shows: loss, bits per byte by domain, load of the experts, samples; accuracy and calibration of
+    reward models; rewards, KL and lengths of GRPO runs. A GRPO run also leaves FILE-rollouts.html, to browse its rollouts.
+    """
     return Call("report", {"runs": runs, "out": out})
 
 

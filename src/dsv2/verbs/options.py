@@ -62,6 +62,9 @@ CacheBits = Annotated[
 MaxLen = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens of prompt and answer that the cache is made for; without it all it can hold.")
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare the hashes of the model's files with its manifest's, a packed one's while it is read.")
+]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; without it torch decides.")]
 StageTarget = Annotated[
     str,

@@ -177,7 +177,7 @@ def grpo(
 ) -> Call:
     """Each step the model answers some prompts several times, the answers are scored, and those above their group's mean become likelier.
     A row of --data has "messages" or "prompt", and what its rewards want, such as "answer" or "tests". Objectives: preset=v2, deepseekmath,
-    dr_grpo or dapo, or [objective] field by field. docs/grpo.md.
+    dr_grpo or dapo; [objective] changes single fields. Runs on the CPU, also where there is a GPU. docs/grpo.md.
     """
     arguments = {"target": target, "overrides": overrides or [], "data": data or [], "out": out}
     return Call("grpo", arguments | {"resume": resume, "tensorboard": tensorboard})

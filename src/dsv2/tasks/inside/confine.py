@@ -22,12 +22,13 @@ LEVELS = ("rlimits", "seccomp", "landlock+seccomp", "bubblewrap+landlock+seccomp
 
 _UNSHARED_UID = 1_900_000_000  # plus the process id: a user that owns nothing and shares its limits with nobody
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_PR_SET_THP_DISABLE = 41
 _SIGKILL = 9  # the module signal is slow to import; Python itself ignores SIGXFSZ, so that too large a file is an OSError
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on every machine
 
 # LANDLOCK_ACCESS_FS_*: what a rule set of each version of the kernel's interface can handle
-_WRITE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
+_WRITE, _READ_FILE, _READ_DIR, _MAKE_FILE, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 8, 1 << 14
 _HANDLED_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 _HANDLED_TCP = 0x3  # bind and connect, from version 4 on
 _SCOPED = 0x3  # abstract sockets and signals, from version 6 on
@@ -48,6 +49,8 @@ def limit_resources(cpu_s: int, memory_bytes: int, file_bytes: int, open_files: 
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
         resource.setrlimit(which, (soft, hard))
+    # of a page of 2 MiB all stays while 4 KiB are mapped, and the limit of the address space counts those
+    _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def give_up_privileges(scratch: str) -> None:
@@ -125,7 +128,7 @@ def _landlock(scratch: str) -> bool:
     for path, allowed in _readable():
         _allow(handle, path, allowed & handled)
     if scratch:
-        _allow(handle, scratch, (_WRITE | _READ_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_FILE | _TRUNCATE) & handled)
+        _allow(handle, scratch, (_WRITE | _READ_FILE | _READ_DIR | _MAKE_FILE | _TRUNCATE) & handled)
     restricted = _libc.syscall(_LANDLOCK_RESTRICT, handle, 0) == 0
     os.close(handle)
     return restricted and _refused(lambda: os.open("/", os.O_RDONLY), 13)  # EACCES

@@ -11,15 +11,15 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 # Files are Landlock's business; these calls reach them only through paths and open files. Missing on purpose: all that starts, traces or
 # signals a process or thread, sockets, mounts, namespaces, memfd_create, fallocate (space without writing), chmod, chown and xattr
-# (which Landlock does not know), links, folders, prctl, seccomp and setrlimit, timers that choose their signal, io_uring, bpf, keys.
+# (which Landlock does not know), links, folders, prctl, seccomp and setrlimit, timers that choose their signal, io_uring, bpf, keys, and
+# unlink and rename: a mapping keeps a file that has no name any more, where nobody counts it.
 _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
     "lseek": (8, 62), "close": (3, 57), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
-    "open": (2, None), "openat": (257, 56), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
     "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61),
-    "getcwd": (79, 17), "chdir": (80, 49), "ftruncate": (77, 46), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
-    "renameat": (264, 38), "renameat2": (316, 276), "fsync": (74, 82), "fdatasync": (75, 83), "umask": (95, 166),
-    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214),
+    "getcwd": (79, 17), "chdir": (80, 49), "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83), "umask": (95, 166),
+    "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214),
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
     "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132), "pause": (34, None), "getitimer": (36, 102), "setitimer": (38, 103),
     "alarm": (37, None), "restart_syscall": (219, 128), "futex": (202, 98), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
@@ -32,11 +32,18 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278), "getcpu": (309, 168), "arch_prctl": (158, None),
 }  # fmt: skip
 
-# Only with these second arguments. fcntl without F_SETOWN and F_SETSIG, which make the kernel signal another process.
+# Only with these second arguments. fcntl without F_SETOWN and F_SETSIG, which make the kernel signal another process, and without locks,
+# of which millions fit into no limit.
 _BY_SECOND_ARGUMENT = {
     "ioctl": ((16, 29), (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
-    "fcntl": ((72, 25), (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),  # F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+    "fcntl": ((72, 25), (0, 1, 2, 3, 4, 1030, 1032)),  # F_DUPFD to F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
 }
+_OPENS = (((2, None), 1), ((257, 56), 2))  # open, openat; which argument the flags are
+_TMPFILE = 0x400000  # a file without a name
+_WRITES_AND_TRUNCATES = 0x203  # O_ACCMODE | O_TRUNC
+_TRUNCATES_ONLY = (0x200, 0x203)  # not opened for writing, which Landlock before version 3 does not see
+_MMAP = (9, 222)
+_SHARED = 1  # of its memory all stays for as long as one page is mapped, and the limit of the address space counts that page
 _PRLIMIT64 = (302, 261)
 _CLONE3 = (435, 435)
 _EXITS = ((60, 93), (231, 94))  # exit, exit_group
@@ -44,7 +51,7 @@ _EXITS = ((60, 93), (231, 94))  # exit, exit_group
 # The exit status by which a shell, and bubblewrap, report SIGKILL. A program may not choose it: it would look like a machine that failed.
 KILLED_STATUS = 137
 
-_LOAD, _EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_ALU|AND|K, BPF_RET|K
+_LOAD, _EQUAL, _ANY, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JSET|K, BPF_ALU|AND|K, BPF_RET|K
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
@@ -61,8 +68,12 @@ def seccomp_filter(machine: str) -> bytes | None:
         program += _for_call(pair[which], [(_RETURN, 0, 0, _ALLOW)])
     for pair, values in _BY_SECOND_ARGUMENT.values():
         program += _for_call(pair[which], [_argument(1), *_allow_if_among(values), (_RETURN, 0, 0, _EPERM)])
+    allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
+    for pair, place in _OPENS:
+        truncating = [(_AND, 0, 0, _WRITES_AND_TRUNCATES), *(step for mode in _TRUNCATES_ONLY for step in ((_EQUAL, 0, 1, mode), refuse))]
+        program += _for_call(pair[which], [_argument(place), (_ANY, 0, 1, _TMPFILE), refuse, *truncating, allow])
+    program += _for_call(_MMAP[which], [_argument(3), (_ANY, 0, 1, _SHARED), refuse, allow])
     # reading limits: the pointer to new ones is null in both its halves
-    refuse = (_RETURN, 0, 0, _EPERM)
     null = [_argument(2), (_EQUAL, 1, 0, 0), refuse, _argument(2, high=True), *_allow_if_among((0,)), refuse]
     program += _for_call(_PRLIMIT64[which], null)
     for pair in _EXITS:

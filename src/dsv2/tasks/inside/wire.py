@@ -1,8 +1,8 @@
 """Plain values as nested lists of text and numbers: what passes between a confined process and the judge. Nothing here runs code.
 
 A value on the wire is null, true, false, a number (integers below 2^63), a string, or a list that begins with a letter: i integer, f float,
-c complex, b bytes, each in hexadecimal; l list, t tuple, s set, z frozenset with their items; d dict with key, value, key, value ...;
-o an object that stays where it is, with its number and the name of its type.
+c complex, b bytes, each in hexadecimal; l list, t tuple, s set, z frozenset, g iterator with their items; d dict with key, value, key,
+value ...; o an object that stays where it is, with its number and the name of its type.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Wire = Any  # nested lists, str, int, bool, None
 
 MAX_DEPTH = 100
+_COLLECTIONS = (list, "l"), (tuple, "t"), (dict, "d"), (frozenset, "z"), (set, "s")
 
 
 class TooLarge(Exception):
@@ -68,19 +69,23 @@ class Encoder:
             self._put(f'["c","{value.real.hex()}","{value.imag.hex()}"]')
         elif isinstance(value, bytes | bytearray):
             self._put(f'["b","{value.hex()}"]')
-        elif isinstance(value, list | tuple | set | frozenset | dict):
+        elif isinstance(value, list | tuple | set | frozenset | dict) or _is_iterator(value):
             self._write_items(value, depth)
         else:
-            self._put(f'["o",{self.keep(value)},{encode_basestring_ascii(type(value).__name__)}]')
+            self._put(f'["o",{int(self.keep(value))},{encode_basestring_ascii(type(value).__name__)}]')
 
     def _write_items(self, value: Any, depth: int) -> None:
-        kind = "l" if isinstance(value, list) else "t" if isinstance(value, tuple) else "d" if isinstance(value, dict) else ""
-        kind = kind or ("z" if isinstance(value, frozenset) else "s")
+        kind = next((kind for collection, kind in _COLLECTIONS if isinstance(value, collection)), "g")
         self._put(f'["{kind}"')
         for item in (part for pair in dict.items(value) for part in pair) if isinstance(value, dict) else value:
             self._put(",")
             self._write(item, depth + 1)
         self._put("]")
+
+
+def _is_iterator(value: object) -> bool:
+    """Tell whether it is a generator or another iterator of Python's own, which is nothing but its items."""
+    return type(value).__module__ in ("builtins", "itertools") and hasattr(type(value), "__next__")
 
 
 def decode(wire: Wire, thing: Callable[[int, str], object]) -> Any:
@@ -102,10 +107,14 @@ def decode(wire: Wire, thing: Callable[[int, str], object]) -> Any:
         if kind == "b":
             return bytes.fromhex(items[0])
         if kind == "o":
+            if type(items[0]) is not int or not isinstance(items[1], str):
+                raise TypeError("an object without a number")  # the number goes back onto the wire as it is
             return thing(items[0], items[1])
         values = [decode(item, thing) for item in items]
         if kind == "d":
             return dict(zip(values[::2], values[1::2], strict=True))
+        if kind == "g":
+            return iter(values)
         return {"l": list, "t": tuple, "s": set, "z": frozenset}[kind](values)
     except (TypeError, LookupError, RecursionError, OverflowError) as error:
         raise ValueError(f"no value: {error!r}") from None
