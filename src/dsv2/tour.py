@@ -27,7 +27,7 @@ import torch
 
 from dsv2.assets import corpus_path
 from dsv2.checkpoint.huggingface import load_model
-from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.checkpoint.steps import TOUR, latest_checkpoint
 from dsv2.config import load_recipe
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare
@@ -45,7 +45,7 @@ from dsv2.samples import write
 from dsv2.tasks.arithmetic import Split, exercises
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.tour_chat import QUESTIONS, Lessons, converse, evaluations, reward, teach, write_lessons, write_rows
+from dsv2.tour_chat import QUESTIONS, Lessons, converse, gains, run_grpo, run_sft, write_lessons, write_rows
 from dsv2.train.bigram import bigram_bits_per_byte
 from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
@@ -56,7 +56,7 @@ from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people
 
-VERSION, STATE, ROLLOUTS = 2, "tour.json", "rollouts.html"
+VERSION, ROLLOUTS = 2, "rollouts.html"
 SPLITS: dict[str, Split] = {"train": "train", "validation": "test"}  # of the corpus, and of the sums that go with it
 PROMPTS = (
     ("en", "It was a fine"),
@@ -245,20 +245,21 @@ def sft_leg(tour: Tour) -> Figures:
     start, out, _ = tour.chat_runs
     lessons = tour.data / "lessons.jsonl"
     write_lessons(lessons, tour.size.lessons, tour.seed)
-    return teach(start, lessons, out, recipe=tour.size.chat, seed=tour.seed)
+    return run_sft(start, lessons, out, recipe=tour.size.chat, seed=tour.seed)
 
 
 def grpo_leg(tour: Tour) -> Figures:
     """Let rewards improve it, or go on with that."""
     _, start, out = tour.chat_runs
-    return reward(start, out, recipe=tour.size.chat, seed=tour.seed)
+    return run_grpo(start, out, recipe=tour.size.chat, seed=tour.seed)
 
 
 def chat_leg(tour: Tour) -> Figures:
     """Ask the three models the same."""
-    answers = converse(tour.chat_runs, tour.seed)
-    atomic_write_json(tour.out / "chat.json", {"questions": QUESTIONS, "answers": answers})
-    return {question: said[-1] for question, said in zip(QUESTIONS, answers, strict=True)}
+    told = converse(tour.chat_runs)
+    atomic_write_json(tour.out / "chat.json", told)
+    known = {"instruction set, word for word": " -> ".join(f"{share:.1%}" for share in told["known"])}
+    return {question: said[-1] for question, said in zip(QUESTIONS, told["answers"], strict=True)} | known
 
 
 def report_leg(tour: Tour) -> Figures:
@@ -269,19 +270,18 @@ def report_leg(tour: Tour) -> Figures:
     written = json.loads((tour.out / "samples.json").read_text())
     asked = json.loads((tour.out / "chat.json").read_text())
     grpo_run = tour.chat_runs[2]
-    before, after = evaluations(grpo_run)
-    gains = [(f"sums right, {name.rpartition('/')[2]}", f"{before[name]:.1%} \u2192 {after[name]:.1%}") for name in before if "pass@" in name]
+    rates = gains(grpo_run)
     write_rollouts(grpo_run, tour.out / ROLLOUTS)
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
-        summary=[("known English words", f"{written['known_words']:.1%}"), *gains],
+        summary=[("known English words", f"{written['known_words']:.1%}"), *((name, f"{before} \u2192 {after}") for name, before, after in rates)],
         plan=_plan_rows(tour, state["threads"]),
         legs=legs,
         baselines={"bigram": validation["bigram"]},
         samples=[ReportSample(sample["domain"], sample["prompt"], sample["text"]) for sample in written["samples"][: len(PROMPTS)]],
         next_commands=next_commands(tour.out),
-        alignment=alignment_sections(grpo_run, before, after, asked["questions"], asked["answers"]),
+        alignment=alignment_sections(grpo_run, rates, asked["questions"], asked["answers"], asked["known"]),
     )
     return {"page": str(tour.out / "report.html"), "every answer that GRPO drew": str(tour.out / ROLLOUTS)}
 
@@ -330,7 +330,7 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
         began = time.perf_counter()
         figures = leg.run(tour)
         state["legs"][leg.name] = {"seconds": round(time.perf_counter() - began, 2), "figures": figures}
-        atomic_write_json(out / STATE, state)
+        atomic_write_json(out / TOUR, state)
         for name, value in figures.items():
             console().print(f"  {name}: {value}", markup=False, soft_wrap=True)
         console().print(f"  {state['legs'][leg.name]['seconds']:.1f} s", markup=False)
@@ -377,17 +377,17 @@ def _begin(out: Path, size: str, seed: int, threads: int | None, fresh: bool) ->
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; a tour needs a folder", hint="choose another --out")
     begun: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
-    if not (out / STATE).exists():
-        if out.exists() and any(not path.name.startswith(f".{STATE}.") for path in out.iterdir()):
+    if not (out / TOUR).exists():
+        if out.exists() and any(not path.name.startswith(f".{TOUR}.") for path in out.iterdir()):
             raise ConfigError(f"{out} holds other things and no tour", hint="choose a new or empty folder with --out")
-        atomic_write_json(out / STATE, begun)
+        atomic_write_json(out / TOUR, begun)
         return begun
     state = _read_state(out)
     if fresh or state.get("clearing"):
         # marked first: killed in between, the next start goes on deleting instead of resuming what is left
-        atomic_write_json(out / STATE, begun | {"clearing": True})
+        atomic_write_json(out / TOUR, begun | {"clearing": True})
         _remove(out)
-        atomic_write_json(out / STATE, begun)
+        atomic_write_json(out / TOUR, begun)
         return begun
     wanted = {"version": VERSION, "size": size, "seed": seed, "threads": threads or state["threads"]}
     changed = [f"{name} = {state.get(name)!r}, not {value!r}" for name, value in wanted.items() if state.get(name) != value]
@@ -398,11 +398,11 @@ def _begin(out: Path, size: str, seed: int, threads: int | None, fresh: bool) ->
 
 def _read_state(out: Path) -> dict[str, Any]:
     try:
-        state = json.loads((out / STATE).read_text(encoding="utf-8"))
+        state = json.loads((out / TOUR).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{out / STATE} is damaged: {error}", hint="choose another --out") from error
+        raise ConfigError(f"{out / TOUR} is damaged: {error}", hint="choose another --out") from error
     if not isinstance(state, dict) or not {"version", "size", "seed", "threads", "legs"} <= state.keys():
-        raise ConfigError(f"{out / STATE} is not the state of a tour", hint="choose another --out")
+        raise ConfigError(f"{out / TOUR} is not the state of a tour", hint="choose another --out")
     return state
 
 

@@ -6,6 +6,7 @@ GRPO pays for right sums, and so selects them.
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from dsv2.rl import grpo
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.prompts import open_prompts
 from dsv2.tasks.arithmetic import demonstrations
-from dsv2.tasks.instructions import conversations
+from dsv2.tasks.instructions import conversations, instructions
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft import fine_tune, open_start
 from dsv2.train.sft_data import open_conversations
@@ -64,7 +65,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     atomic_write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def teach(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
+def run_sft(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
     """Fine-tune a model on lessons, or go on with it; return figures for people."""
     asked = load_recipe(recipe, SftRecipe, folder="sft", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
     begun = open_start(asked.model, asked.run.seq_len)
@@ -73,28 +74,33 @@ def teach(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) -> d
     return {f"{domain}, held out": f"{loss:.3f} nats per token" for domain, loss in last["loss"].items()}
 
 
-def reward(start: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
+def run_grpo(start: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
     """Let GRPO improve a model on sums, or go on with it; return figures for people."""
     asked = load_recipe(recipe, GrpoRecipe, folder="grpo", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
     begun = open_start(asked.model, asked.run.seq_len)
     grpo.train(asked, begun, open_prompts(asked, begun.tokenizer, []), out)
-    before, after = evaluations(out)
-    return {name: f"{before[name]:.1%} before, {after[name]:.1%} after" for name in before if "pass@" in name}
+    return {name: f"{before} before, {after} after" for name, before, after in gains(out)}
 
 
-def evaluations(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the first and the last evaluation of a run of GRPO."""
+def gains(run: Path) -> list[tuple[str, str, str]]:
+    """Return the shares of a GRPO run's held-out sums that count as right, as text: name, before, after."""
     found = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]
-    return found[0], found[-1]
+    names = (name for name in found[0] if "pass@" in name)
+    return [(name.replace("/", ", "), f"{found[0][name]:.1%}", f"{found[-1][name]:.1%}") for name in names]
 
 
-def converse(runs: Sequence[Path], seed: int) -> list[list[str]]:
-    """Ask each run's newest model the tour's questions; return the answers, a list for each question."""
-    told = []
+def converse(runs: Sequence[Path]) -> dict[str, Any]:
+    """Ask each run's newest model the tour's questions and every one of the instruction set, without chance.
+
+    Returns: "questions"; "answers", a list of one per run for each question; "known", the share of the instruction set that each model
+    answers word for word.
+    """
+    asked = [*QUESTIONS, *(instruction.question for instruction in instructions())]
+    params, told, known = SamplingParams(temperature=0.0, max_tokens=LONGEST), [], []
     for run in runs:
         folder = latest_checkpoint(run)
-        with LLM(load_model(folder), tokenizer=Tokenizer.load(folder), max_batch=len(QUESTIONS), max_len=128) as llm:
-            params = SamplingParams(temperature=0.0, max_tokens=LONGEST, seed=seed)
-            answers = llm.chat([[{"role": "user", "content": question}] for question in QUESTIONS], params)
-            told.append([" ".join(answer.text.split()) for answer in answers])
-    return [list(row) for row in zip(*told, strict=True)]
+        with LLM(load_model(folder), tokenizer=Tokenizer.load(folder), max_batch=64, max_len=128) as llm:
+            answers = [answer.text for answer in llm.chat([[{"role": "user", "content": question}] for question in asked], params)]
+        told.append([" ".join(answer.split()) for answer in answers[: len(QUESTIONS)]])
+        known.append(statistics.mean(a == i.answer for a, i in zip(answers[len(QUESTIONS) :], instructions(), strict=True)))
+    return {"questions": QUESTIONS, "answers": list(zip(*told, strict=True)), "known": known}

@@ -12,6 +12,7 @@ from dsv2.tasks.arithmetic import Problem, demonstrations, exercises, is_correct
 def test_answers_are_right_and_problems_repeat_with_their_seed():
     made = list(problems(600, seed=1))
     assert made == list(problems(600, seed=1)) != list(problems(600, seed=2))
+    assert made != list(problems(600, seed=1, stream="demonstrations"))
     for problem in made:
         assert problem.answer == str(problem.first + problem.second if problem.sign == "+" else problem.first - problem.second)
         assert problem.question.index(str(problem.first)) <= problem.question.rindex(str(problem.second))
@@ -32,7 +33,8 @@ def test_no_pair_of_numbers_is_in_both_splits():
 def test_exactly_the_given_share_of_demonstrations_is_wrong():
     for wrong in (0.0, 0.45, 1.0):
         made = list(demonstrations(400, seed=5, wrong=wrong))
-        right = [is_correct(message["content"], p) for (_, message), p in zip(made, problems(400, seed=5), strict=True)]
+        asked = problems(400, seed=5, stream="demonstrations")
+        right = [is_correct(message["content"], problem) for (_, message), problem in zip(made, asked, strict=True)]
         assert right.count(False) == round(400 * wrong)
     question, answer = made[0]
     assert question["role"] == "user" and answer["role"] == "assistant"

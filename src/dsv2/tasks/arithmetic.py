@@ -49,7 +49,7 @@ class Problem:
     second: int
 
 
-def problems(num: int, seed: int | str, digits: int = 3, split: Split = "train") -> Iterator[Problem]:
+def problems(num: int, seed: int, digits: int = 3, split: Split = "train", *, stream: str = "prompts") -> Iterator[Problem]:
     """Yield problems, sums and differences equally often; some may come twice.
 
     Args:
@@ -57,13 +57,14 @@ def problems(num: int, seed: int | str, digits: int = 3, split: Split = "train")
         seed: same seed, same problems.
         digits: of each of the two numbers.
         split: which pairs of numbers may occur. A pair belongs to one split in any order and with either sign.
+        stream: what they are for. Streams of one seed differ, so that what is asked is not what was just shown.
 
     Raises:
         ConfigError: numbers without digits.
     """
     if digits < 1:
         raise ConfigError(f"digits = {digits}; a number has at least 1")
-    generator = random.Random(f"arithmetic {seed} {digits} {split}")
+    generator = random.Random(f"{stream} {seed} {digits} {split}")
     for _ in range(num):
         pair = _pair(generator, digits)
         while split_of(*pair) != split:
@@ -101,7 +102,7 @@ def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3, *,
         raise ConfigError(f"wrong = {wrong}; a share is 0 to 1")
     generator = random.Random(f"demonstrations {seed}")
     misses = set(generator.sample(range(num), round(wrong * num)))
-    for index, problem in enumerate(problems(num, seed, digits)):
+    for index, problem in enumerate(problems(num, seed, digits, stream="demonstrations")):
         answer = near_miss(problem, generator) if index in misses else problem.answer
         if worked:
             answer = f"{working(problem)}: {answer}"
@@ -117,7 +118,8 @@ def exercises(num: int, seed: int, split: Split = "train", *, together: int = 5)
         split: which pairs of numbers may occur.
         together: questions in a text.
     """
-    lines = [f"{problem.question} {working(problem)}: {problem.answer}" for problem in problems(num * together, f"exercises {seed}", split=split)]
+    asked = problems(num * together, seed, split=split, stream="exercises")
+    lines = [f"{problem.question} {working(problem)}: {problem.answer}" for problem in asked]
     for first in range(0, len(lines), together):
         yield "\n".join(lines[first : first + together])
 
