@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 
 from dsv2.assets import corpus_path
 from dsv2.checkpoint.huggingface import load_model
@@ -46,6 +45,7 @@ from dsv2.tasks.arithmetic import Split, exercises
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.tour_chat import QUESTIONS, Lessons, converse, gains, run_grpo, run_sft, write_lessons, write_rows
+from dsv2.tour_state import begin, read_state
 from dsv2.train.bigram import bigram_bits_per_byte
 from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
@@ -56,7 +56,6 @@ from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people
 
-VERSION, ROLLOUTS = 2, "rollouts.html"
 SPLITS: dict[str, Split] = {"train": "train", "validation": "test"}  # of the corpus, and of the sums that go with it
 PROMPTS = (
     ("en", "It was a fine"),
@@ -264,14 +263,14 @@ def chat_leg(tour: Tour) -> Figures:
 
 def report_leg(tour: Tour) -> Figures:
     """Write report.html."""
-    state = _read_state(tour.out)
+    state = read_state(tour.out)
     legs = [ReportLeg(name, leg["seconds"], "; ".join(leg["figures"].values())) for name, leg in state["legs"].items()]
     validation = json.loads((tour.out / "validation.json").read_text())
     written = json.loads((tour.out / "samples.json").read_text())
     asked = json.loads((tour.out / "chat.json").read_text())
     grpo_run = tour.chat_runs[2]
     rates = gains(grpo_run)
-    write_rollouts(grpo_run, tour.out / ROLLOUTS)
+    write_rollouts(grpo_run, tour.out / "rollouts.html")
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
@@ -283,7 +282,7 @@ def report_leg(tour: Tour) -> Figures:
         next_commands=next_commands(tour.out),
         alignment=alignment_sections(grpo_run, rates, asked["questions"], asked["answers"], asked["known"]),
     )
-    return {"page": str(tour.out / "report.html"), "every answer that GRPO drew": str(tour.out / ROLLOUTS)}
+    return {"page": str(tour.out / "report.html"), "every answer that GRPO drew": str(tour.out / "rollouts.html")}
 
 
 LEGS = (
@@ -318,7 +317,7 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
     out = Path(out)
     tour = Tour(out, SIZES[size], seed)
     tour.recipe()  # a wrong seed is refused before anything is written or deleted
-    state = _begin(out, size, seed, threads, fresh)
+    state = begin(out, size, seed, threads, fresh)
     make_deterministic(state["threads"])
     table(f"tour {size}: {tour.size.summary}", ("what", "value"), _plan_rows(tour, state["threads"]))
     for number, leg in enumerate(LEGS, start=1):
@@ -366,50 +365,3 @@ def _plan_rows(tour: Tour, threads: int) -> list[tuple[str, str]]:
         ("seed, threads", f"{tour.seed}, {threads}"),
         ("folder", str(tour.out)),
     ]
-
-
-def _begin(out: Path, size: str, seed: int, threads: int | None, fresh: bool) -> dict[str, Any]:
-    """Return the state of the tour in ``out``; save the plan if it begins now.
-
-    Raises:
-        ConfigError: ``out`` is no place for this tour; nothing in it has been touched.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; a tour needs a folder", hint="choose another --out")
-    begun: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
-    if not (out / TOUR).exists():
-        if out.exists() and any(not path.name.startswith(f".{TOUR}.") for path in out.iterdir()):
-            raise ConfigError(f"{out} holds other things and no tour", hint="choose a new or empty folder with --out")
-        atomic_write_json(out / TOUR, begun)
-        return begun
-    state = _read_state(out)
-    if fresh or state.get("clearing"):
-        # marked first: killed in between, the next start goes on deleting instead of resuming what is left
-        atomic_write_json(out / TOUR, begun | {"clearing": True})
-        _remove(out)
-        atomic_write_json(out / TOUR, begun)
-        return begun
-    wanted = {"version": VERSION, "size": size, "seed": seed, "threads": threads or state["threads"]}
-    changed = [f"{name} = {state.get(name)!r}, not {value!r}" for name, value in wanted.items() if state.get(name) != value]
-    if changed:
-        raise ConfigError(f"{out} holds a tour with {'; '.join(changed)}", hint="choose another --out, or begin again with --no-resume")
-    return state
-
-
-def _read_state(out: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((out / TOUR).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{out / TOUR} is damaged: {error}", hint="choose another --out") from error
-    if not isinstance(state, dict) or not {"version", "size", "seed", "threads", "legs"} <= state.keys():
-        raise ConfigError(f"{out / TOUR} is not the state of a tour", hint="choose another --out")
-    return state
-
-
-def _remove(out: Path) -> None:
-    """Delete what a tour writes beside its state, and nothing else."""
-    for name in ("validation.json", "samples.json", "chat.json", "report.html", ROLLOUTS):
-        (out / name).unlink(missing_ok=True)
-    for name in ("data", "pretrain", "sft", "grpo"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
