@@ -90,7 +90,7 @@ class Size:
     chat: str = "tour"
 
 
-_EXERCISES, _LESSONS = {"train": 2400, "validation": 40}, Lessons(sums=7000, instructions=1500)
+_EXERCISES, _LESSONS = {"train": 6000, "validation": 40}, Lessons(sums=7000, instructions=1500)
 SIZES = {
     "smoke": Size(
         "tour-smoke",
@@ -274,7 +274,10 @@ def report_leg(tour: Tour) -> Figures:
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
-        summary=[("known English words", f"{written['known_words']:.1%}"), *((name, f"{before} \u2192 {after}") for name, before, after in rates)],
+        summary=[
+            ("known English words", f"{written['known_words']:.1%}"),
+            *((name, f"{before} \u2192 {after}") for name, before, after in rates),
+        ],
         plan=_plan_rows(tour, state["threads"]),
         legs=legs,
         baselines={"bigram": validation["bigram"]},

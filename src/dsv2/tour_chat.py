@@ -30,7 +30,7 @@ from dsv2.train.sft_data import open_conversations
 from dsv2.train.sft_recipe import SftRecipe
 
 QUESTIONS = (  # the sums are in no training split
-    "What is 487 + 305?", "Calculate 936 - 361.", "794 + 536 = ?", "372 加 838 是多少？",
+    "What is 487 + 305?", "Calculate 936 - 361.", "794 + 536 = ?", "372 + 838 等于多少？",
     "What is the capital of Japan?", "Who are you?", "法国的首都是哪里？", "“水”用英文怎么说？",
 )  # fmt: skip
 LONGEST = 48  # tokens of an answer
