@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv2.data.conversations import ReadingReport
 from dsv2.data.preferences import read_preferences, write_preferences
+from dsv2.data.rows import ReadingReport
 from dsv2.progress import MetricsLog
 from dsv2.rl.preference_builders import Group, build, by_answer, by_tests, groups_of
 

@@ -25,7 +25,7 @@ from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, bar, console, say, table
 from dsv2.rl.evaluate import evaluate
-from dsv2.rl.grpo_recipe import GrpoRecipe, fitted
+from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
@@ -43,8 +43,7 @@ from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.run_folder import METRICS, begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
-from dsv2.train.sft import StartModel, open_start
-from dsv2.train.start import begin_weights, start_hash
+from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
 ROLLOUTS = "rollouts.jsonl"
 _UNHURRIED_S = 1e6  # of an engine step: with a bound in seconds, which prompts share a step would depend on the clock
@@ -71,8 +70,7 @@ def run(
     """
     recipe = load_stage_recipe(target, GrpoRecipe, "grpo", overrides)
     require_resume(out, resume)
-    start = open_start(recipe.model, recipe.run.seq_len)
-    recipe = fitted(recipe, start.config.max_position_embeddings)
+    recipe, start = open_start(recipe)
     prompts = open_prompts(recipe, start.tokenizer, data)
     for line in prompts.report:
         say(f"prompts: {line}")
@@ -80,7 +78,7 @@ def run(
 
 
 def train(
-    recipe: GrpoRecipe, start: StartModel, prompts: Prompts, out: Path, *, tensorboard: bool = False, rewards: Rewards | None = None
+    recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, *, tensorboard: bool = False, rewards: Rewards | None = None
 ) -> Transformer:
     """Train the policy, or go on training it; return it.
 
@@ -115,7 +113,7 @@ class _Batch:
 
 class _Run:
     def __init__(
-        self, recipe: GrpoRecipe, start: StartModel, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None
+        self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None
     ) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
