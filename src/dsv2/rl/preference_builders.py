@@ -25,7 +25,7 @@ class Group:
     """Outputs to one prompt.
 
     Args:
-        example: "messages", the prompt, perhaps "tools", and what the grader needs: "answer", or the fields of tests.
+        example: "messages", the prompt, and what the grader needs: "answer", or the fields of tests.
         outputs: texts.
     """
 
@@ -148,8 +148,7 @@ def _judged(group: Group, texts: Sequence[str], grades: Iterator[float | None]) 
     for text in texts:
         score = next(grades)
         if score is not None:
-            prompt, tools = tuple(group.example["messages"]), tuple(group.example.get("tools", ()))
-            yield Answer(prompt, ({"role": "assistant", "content": text},), tools), score
+            yield Answer(tuple(group.example["messages"]), ({"role": "assistant", "content": text},)), score
 
 
 def _shuffled(answers: list[Answer], seed: str) -> list[Answer]:
