@@ -236,7 +236,7 @@ def main() -> None:
         sets["noisy"] = (list(by_rules(arguments.rules, arguments.seed, NOISE)), arguments.rule_epochs)
     for file in arguments.pairs:
         name = file.name.partition(".")[0]
-        pairs = [replace(pair, domain=name) for pair in read_preferences([file], ReadingReport()) if pair.is_pair]
+        pairs = [replace(pair, domain=name) for pair in read_preferences([file], ReadingReport("preferences")) if pair.is_pair]
         sets[name] = (pairs, arguments.epochs)
     results = {}
     for name, (pairs, epochs) in sets.items():

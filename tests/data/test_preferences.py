@@ -22,7 +22,7 @@ def turn(text):
 
 def read(tmp_path, *rows):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     return list(read_preferences([tmp_path / "p.jsonl"], report)), report
 
 
@@ -142,7 +142,7 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning(tmp_path, tokeniz
         {"prompt": "hello " * 50, "chosen": "yes", "rejected": "no"},
         {"prompt": "hello", "chosen": "yes", "rejected": "no"},
     )
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     assert len(render_preferences(found, tokenizer, template=None, seq_len=48, too_long="refuse", report=report)) == 2
     assert dict(report.refused) == {"a conversation is longer than 24 tokens": 1}
     cut = render_preferences(found, tokenizer, template=None, seq_len=48, too_long="cut", report=ReadingReport())
@@ -158,7 +158,7 @@ def test_a_pair_that_is_cut_keeps_one_prompt(tmp_path, tokenizer):
         {"prompt": "hello " * 20 + "maybe later", "chosen": "yes yes yes yes yes", "rejected": "no"},
         {"prompt": "hello " * 20, "chosen": "yes " * 30, "rejected": "no"},
     )
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     cut = render_preferences(found, tokenizer, template=None, seq_len=60, too_long="cut", report=report)
     prompts = [tokenizer.decode(tokens[~learn].tolist()) for tokens, learn in zip(cut.tokens, cut.learn, strict=True)]
     assert prompts[0] == prompts[1]

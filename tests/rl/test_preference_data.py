@@ -60,7 +60,6 @@ def test_rows_that_a_loss_cannot_use_are_refused_and_counted(tmp_path):
             )
 
 
-
 def test_lengths_that_a_recipe_leaves_open_follow_the_model(tmp_path):
     """A pair has a context for each of its answers; two answers that are judged one by one share no row of such a length."""
     tokenizer = make_tokenizer()

@@ -112,9 +112,7 @@ class _Batch:
 
 
 class _Run:
-    def __init__(
-        self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None
-    ) -> None:
+    def __init__(self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
         begins_from, judges = start_hash(start.folder), {} if rewards else reward_models(recipe.reward)

@@ -1,6 +1,6 @@
 """The recipe of GRPO as data."""
 
-from typing import Literal, Self
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
 from dsv2.train.schedule import LearningRate
 from dsv2.train.tuning_recipe import TuningRecipe
+
+T = TypeVar("T", bound="GrpoRecipe")
 
 
 class GrpoRunSection(PaceSection):
@@ -105,7 +107,7 @@ class GrpoRecipe(TuningRecipe):
     optimizer: OptimizerSection = OptimizerSection()
     balance: GrpoBalanceSection = GrpoBalanceSection()
 
-    def fitted(self, context: int) -> Self:
+    def fitted(self: T, context: int) -> T:
         """Return the recipe with all its lengths as numbers.
 
         Raises:

@@ -56,9 +56,9 @@ class Prompts:
 def open_prompts(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path]) -> Prompts:
     """Make or read the prompts that a recipe asks for, and see that each can be answered.
 
-    A row of a file has "messages" (the conversation to answer) or "prompt" (the same, or what the user says), perhaps "tools", and whatever its
-    rewards want: "answer", "tests". One that has neither, that cannot be rendered or is answered already, or that leaves no room for an answer
-    is refused and counted. Held out are those whose messages have the lowest lots: no conversation is on both sides.
+    A row of a file has "messages" (the conversation to answer) or "prompt" (the same, or what the user says), perhaps "tools", and whatever
+    its rewards want: "answer", "tests". One that has neither, that cannot be rendered or is answered already, or that leaves no room for an
+    answer is refused and counted. Held out are those whose messages have the lowest lots: no conversation is on both sides.
 
     Args:
         recipe: with its lengths, as ``train.start.open_start`` returns it.

@@ -1,12 +1,14 @@
 """What the recipes of all stages have in common that go on from a trained model: where they begin, and how long their rows are."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 from pydantic import Field
 
 from dsv2.config import Section
 from dsv2.errors import ConfigError
 from dsv2.train.recipe import StageRecipe
+
+T = TypeVar("T", bound="TuningRecipe")
 
 
 class StartSection(Section):
@@ -27,7 +29,7 @@ class TuningRecipe(StageRecipe):
         """Return the places of a row whose length the recipe leaves open, by the tokens of the model's context."""
         return min(self.contexts * context, self.most_places)
 
-    def fitted(self, context: int) -> Self:
+    def fitted(self: T, context: int) -> T:
         """Return the recipe with all its lengths as numbers.
 
         Args:
