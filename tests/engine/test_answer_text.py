@@ -1,3 +1,5 @@
+import re
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -93,3 +95,20 @@ def test_stops_that_are_kept_and_stops_that_come_too_early(
         if stream.stopped:
             break
     assert shown + stream.finish() == truth
+
+
+@given(st.lists(st.text("ab.", max_size=4), max_size=8), st.sampled_from(["a+b", "b|ab", r"\.a", "[ab]{3}"]), STOPS, st.integers(0, 4))
+@example(["ab", "."], "a+b", ["b."], 0)
+@example(["ab.", "ab"], "a+b", [], 0)
+def test_a_match_ends_the_text_behind_a_token_and_stays(pieces: list[str], regex: str, stops: list[str], min_tokens: int) -> None:
+    """The first token beyond ``min_tokens`` that adds text and behind which all of it ends in a match, if no stop string came before."""
+    ends = [n for n in range(min_tokens + 1, len(pieces) + 1) if pieces[n - 1] and re.search(rf"(?:{regex})\Z", "".join(pieces[:n]))]
+    read = pieces[: ends[0]] if ends else pieces
+    truth = cut_late(read, stops, False, min_tokens)
+    stream, shown = TextStream(Pieces(pieces), stops, min_tokens=min_tokens, regex=regex), ""
+    for token in range(len(pieces)):
+        shown += stream.push(token)
+        if stream.stopped:
+            break
+    assert shown + stream.finish() == truth
+    assert stream.stopped == bool(ends or truth != "".join(read))

@@ -7,10 +7,13 @@ import pytest
 
 from dsv2.errors import DataError
 from dsv2.report import run
+from dsv2.report.record import load_record
+from dsv2.report.reinforcement import _held_out_keys
 
 
-def write_run(folder: Path, *, gain: float = 0.1) -> Path:
-    lines = [{"step": 0, "kind": "evaluation", "elapsed_s": 0.0, "reward": 0.5, "answer/pass@1": 0.5, "answer/pass@4": 0.97}]
+def write_run(folder: Path, *, gain: float = 0.1, unscored: int = 0, right_or_wrong: bool = True) -> Path:
+    known = {"answer/pass@1": 0.5, "answer/pass@4": 0.97} if right_or_wrong else {}
+    lines = [{"step": 0, "kind": "evaluation", "elapsed_s": 0.0, "reward": 0.5, "answers": 80, "unscored": 0, **known}]
     for step in range(1, 6):
         lines.append(
             {
@@ -19,7 +22,8 @@ def write_run(folder: Path, *, gain: float = 0.1) -> Path:
                 "grad_norm": None if step == 2 else 1.0, "rollouts_per_s": 100.0, "sampling/sampling_logp_difference/max": 2e-6 * step,
             }
         )  # fmt: skip
-    lines.append({"step": 5, "kind": "evaluation", "elapsed_s": 9.0, "reward": 0.9, "answer/pass@1": 0.875, "answer/pass@4": 0.97})
+    known = {"answer/pass@1": 0.875, "answer/pass@4": 0.97} if right_or_wrong else {}
+    lines.append({"step": 5, "kind": "evaluation", "elapsed_s": 9.0, "reward": 0.9, "answers": 80, "unscored": unscored, **known})
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -31,6 +35,19 @@ def test_one_run_shows_what_rose_and_by_which_reward(tmp_path: Path) -> None:
     assert "0.6 \u2192 1" in page and "0.5 \u2192 0.875" in page and "1.0e-05" in page
     assert "Rewards by name" in page and "Held-out prompts" in page
     assert "share cut at the limit" not in page, "a figure that is 0 throughout is left out"
+
+
+def test_held_out_figures_say_of_how_many_answers_they_are(tmp_path: Path) -> None:
+    run([write_run(tmp_path / "whole")], tmp_path / "whole.html")
+    run([write_run(tmp_path / "short", unscored=7)], tmp_path / "short.html")
+    whole, short = ((tmp_path / name).read_text() for name in ("whole.html", "short.html"))
+    assert "without a score" not in whole
+    assert "Answers without a score are left out, at most 7 of 80 after step 5." in short and "held-out answers without a score" in short
+
+
+def test_a_run_without_pass_at_k_shows_its_reward_beside_others(tmp_path: Path) -> None:
+    runs = [load_record(write_run(tmp_path / "sums")), load_record(write_run(tmp_path / "judged", right_or_wrong=False))]
+    assert _held_out_keys(runs) == ["answer/pass@1", "answer/pass@4", "reward"]
 
 
 def test_several_runs_share_their_charts(tmp_path: Path) -> None:

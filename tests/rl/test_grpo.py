@@ -13,16 +13,16 @@ from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.cli import main
 from dsv2.config import load_recipe
-from dsv2.engine.llm import LLM
 from dsv2.errors import ConfigError, DataError
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.progress import read_metrics
+from dsv2.report.record import load_settings
 from dsv2.rl import grpo
 from dsv2.rl import rollout as rollout_file
-from dsv2.rl.evaluate import evaluate, pass_at
-from dsv2.rl.grpo_recipe import GrpoRecipe
-from dsv2.rl.objective import PRESETS
+from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
+from dsv2.rl.grpo_shown import ROLLOUTS
+from dsv2.rl.objective import PRESETS, Objective
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reward import Part, Rewards
 from dsv2.rl.reward_model import RewardModel, save_reward_model
@@ -79,7 +79,7 @@ def state(out: Path) -> tuple[list[torch.Tensor], list[dict], list[dict]]:
         {name: value for name, value in line.items() if not name.endswith(("_s", "step_time"))}
         for line in read_metrics(out / "metrics.jsonl")
     ]
-    return weights, timeless, read_metrics(out / grpo.ROLLOUTS)
+    return weights, timeless, read_metrics(out / ROLLOUTS)
 
 
 @pytest.mark.parametrize(("supervision", "rewards"), [("outcome", None), ("process", BY_STEPS)])
@@ -105,7 +105,7 @@ def test_a_run_stopped_at_any_step_ends_the_same(
         with pytest.raises(Killed):
             train(recipe, tmp_path / "stopped", rewards=rewards)
     monkeypatch.setattr(grpo._Run, "_sample", sample)
-    left = tmp_path / "stopped" / f".{grpo.ROLLOUTS}.killed.tmp"  # by a process that was killed while it cut the rollouts back
+    left = tmp_path / "stopped" / f".{ROLLOUTS}.killed.tmp"  # by a process that was killed while it cut the rollouts back
     left.touch()
     train(recipe, tmp_path / "stopped", rewards=rewards)
     assert not left.exists()
@@ -151,7 +151,7 @@ def test_under_process_supervision_the_loss_has_the_advantages_of_the_loop(
     monkeypatch.setattr(grpo, "update", watched)
     recipe = recipe_of(start, supervision="process", run=SECTIONS["run"] | {"steps": 2}, update={"updates": 1})
     train(recipe, tmp_path / "run", rewards=BY_STEPS)
-    rollouts = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    rollouts = read_metrics(tmp_path / "run" / ROLLOUTS)
     assert [advantages.shape for advantages in learned] == [(12, 12)] * 2 and len(rollouts) == 24
     seen = torch.cat(learned)
     for group in range(0, 24, 4):
@@ -178,7 +178,7 @@ def test_a_recipe_scores_steps_with_process_supervision_alone(start: Path, tmp_p
     run = SECTIONS["run"] | {"steps": 1}
     penalty = {"overlong": "penalty", "overlong_buffer": 6}
     train(recipe_of(start, supervision="process", reward=steps, run=run, objective=penalty), tmp_path / "a")
-    assert all(row["steps"][-1]["end"] == row["num_tokens"] - 1 for row in read_metrics(tmp_path / "a" / grpo.ROLLOUTS))
+    assert all(row["steps"][-1]["end"] == row["num_tokens"] - 1 for row in read_metrics(tmp_path / "a" / ROLLOUTS))
     for sections in ({"supervision": "process"}, {"reward": steps}, {"supervision": "process", "reward": steps, "preset": "v2"}):
         with pytest.raises(ConfigError, match="supervision = "):
             train(recipe_of(start, **sections), tmp_path / "b")
@@ -207,14 +207,14 @@ def test_dapo_asks_for_right_answers_beside_wrong_ones_and_pays_less_for_long_on
     recipe = recipe_of(start, preset="dapo", objective={"overlong_buffer": 11}, run=SECTIONS["run"] | {"steps": 1})
     right = Rewards([Part("right", lambda rollouts: [float(r.group == 1 and r.index < 2) for r in rollouts])])
     train(recipe, tmp_path / "run", rewards=right)
-    rows = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    rows = read_metrics(tmp_path / "run" / ROLLOUTS)
     assert {row["group"] for row in rows if row["learned"]} == {1} and {row["group"] for row in rows} > {0, 1, 2}
     assert any(len({row["num_tokens"] for row in rows if row["group"] == group}) > 1 for group in (0, 2))
     for row in rows:
         assert row["rewards"]["overlong"] == pytest.approx(-max(0, row["num_tokens"] - 1) / 11)
         assert row["reward"] == pytest.approx(row["rewards"]["right"] + row["rewards"]["overlong"])
     again = load_recipe(str(tmp_path / "run" / "recipe.toml"), GrpoRecipe, folder="grpo")
-    assert again.objective == grpo.objective_of(again) == grpo.objective_of(recipe), "it is written as it was used"
+    assert objective_of(again) == objective_of(recipe) and again.objective.model_fields_set == {"overlong_buffer"}
 
 
 @pytest.mark.usefixtures("some_end_early")
@@ -222,7 +222,7 @@ def test_cut_answers_can_be_left_out(start: Path, tmp_path: Path) -> None:
     recipe = recipe_of(start, objective={"overlong": "mask"}, run=SECTIONS["run"] | {"steps": 1})
     odd = Rewards([Part("odd", lambda rollouts: [None if r.index == 0 else len(r.tokens) % 2 for r in rollouts])])
     train(recipe, tmp_path / "run", rewards=odd)
-    rows = read_metrics(tmp_path / "run" / grpo.ROLLOUTS)
+    rows = read_metrics(tmp_path / "run" / ROLLOUTS)
     assert [row["learned"] for row in rows] == [row["finish_reason"] == "stop" for row in rows]
     assert {row["learned"] for row in rows} == {True, False}
     assert [row["index"] for row in rows if "example" in row] == [0, 0, 0]
@@ -301,22 +301,49 @@ def test_a_model_alone_is_enough(start: Path, tmp_path: Path) -> None:
 
 def test_presets_are_the_papers_and_fit_the_run(start: Path) -> None:
     for name, objective in PRESETS.items():
-        found = grpo.objective_of(recipe_of(start, preset=name))
+        found = objective_of(recipe_of(start, preset=name))
         assert found.ratio == objective.ratio and found.kl_weight == objective.kl_weight
-    assert grpo.objective_of(recipe_of(start, preset="dr_grpo")).constant_len == 12
-    assert grpo.objective_of(recipe_of(start, objective={"normalise": "constant"})).constant_len == 12
+    assert objective_of(recipe_of(start, preset="dr_grpo")).constant_len == 12
+    assert objective_of(recipe_of(start, objective={"normalise": "constant"})).constant_len == 12
     assert len({str(objective) for objective in PRESETS.values()}) == len(PRESETS), "a plan tells them apart"
     longer = recipe_of(start, preset="dapo", rollout=SECTIONS["rollout"] | {"max_tokens": 4096})
-    assert grpo.objective_of(longer).overlong_buffer == 819 and grpo.objective_of(recipe_of(start, preset="dapo")).overlong_buffer == 2
+    assert objective_of(longer).overlong_buffer == 819 and objective_of(recipe_of(start, preset="dapo")).overlong_buffer == 2
 
 
 def test_what_is_stated_goes_before_the_preset(start: Path) -> None:
-    assert grpo.objective_of(recipe_of(start, preset="v2", objective={"ratio": "token"})) == PRESETS["deepseekmath"]
-    found = grpo.objective_of(recipe_of(start, preset="dapo", objective={"clip_high": 0.2, "overlong_buffer": 7}))
+    assert objective_of(recipe_of(start, preset="v2", objective={"ratio": "token"})) == PRESETS["deepseekmath"]
+    found = objective_of(recipe_of(start, preset="dapo", objective={"clip_high": 0.2, "overlong_buffer": 7}))
     assert found == PRESETS["dapo"].model_copy(update={"clip_high": 0.2, "overlong_buffer": 7})
-    assert grpo.objective_of(recipe_of(start, objective={"overlong": "penalty"})).overlong_buffer == 2
+    assert objective_of(recipe_of(start, objective={"overlong": "penalty"})).overlong_buffer == 2
     with pytest.raises(ConfigError, match="overlong_buffer = 13 tokens; allowed are 1 to 12"):
-        grpo.objective_of(recipe_of(start, objective={"overlong": "penalty", "overlong_buffer": 13}))
+        objective_of(recipe_of(start, objective={"overlong": "penalty", "overlong_buffer": 13}))
+
+
+def test_a_runs_own_recipe_can_be_used_again_with_another_preset(start: Path, tmp_path: Path) -> None:
+    train(recipe_of(start, preset="dapo", objective={"clip_low": 0.1}, run=SECTIONS["run"] | {"steps": 1}), tmp_path / "run")
+    file = tmp_path / "run" / "recipe.toml"
+    shown = {line.removeprefix("# ") for line in file.read_text().splitlines()}
+    assert {"clip_low = 0.1", "clip_high = 0.28", "overlong_buffer = 2", 'normalise = "tokens"', 'ratio = "token"'} <= shown
+
+    def again(*overrides: str) -> Objective:
+        return objective_of(load_recipe(str(file), GrpoRecipe, folder="grpo", overrides=overrides))
+
+    assert again("preset=v2") == PRESETS["v2"].model_copy(update={"clip_low": 0.1})
+    assert again("preset=dr_grpo", "rollout.max_tokens=32").constant_len == 32 and again("rollout.max_tokens=40").overlong_buffer == 8
+    assert again("objective.clip_high=0.3").clip_high == 0.3
+    settings = load_settings(tmp_path / "run")
+    assert settings["objective.clip_high"] == 0.28 and settings["objective.clip_low"] == 0.1, "the report shows what was used"
+
+
+def test_a_run_goes_on_with_the_objective_that_it_began_with(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SECTIONS["run"] | {"steps": 1}
+    train(recipe_of(start, preset="dapo", run=one), tmp_path / "run")
+    train(recipe_of(start, preset="dapo", objective={"clip_high": 0.28, "overlong_buffer": 2}, run=one), tmp_path / "run")  # the same
+    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.2 now\)\n"):
+        train(recipe_of(start, preset="dapo", objective={"clip_high": 0.2}, run=one), tmp_path / "run")
+    monkeypatch.setitem(PRESETS, "dapo", PRESETS["dapo"].model_copy(update={"clip_high": 0.4}))  # by a later version of the package
+    with pytest.raises(ConfigError, match=r"different: objective\.clip_high \(0\.28 then, 0\.4 now\)\n"):
+        train(recipe_of(start, preset="dapo", run=one), tmp_path / "run")
 
 
 def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: Path, tokenizer: Tokenizer) -> None:
@@ -365,15 +392,3 @@ def test_an_answer_is_the_content_that_the_template_holds(tokenizer: Tokenizer) 
     draft = _Draft(tuple(prompt), {"messages": messages[:1]}, 0, 0)
     draft.tokens, draft.finish_reason = whole[len(prompt) :], "stop"
     assert draft.finished(SimpleNamespace(tokenizer=v2)).text == "The answer is 46."
-
-
-def test_an_answer_without_a_score_leaves_the_others_their_pass_at_k(llm: LLM) -> None:
-    judge = Rewards([Part("right", lambda rollouts: [None if (r.group, r.index) == (0, 0) else float(r.index == 1) for r in rollouts])])
-    examples = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
-    found = evaluate(llm, examples, judge, samples=3, max_tokens=2, seed="0")
-    assert found["reward"] == pytest.approx(3 / 8) and found["right/pass@3"] == 1.0
-    assert found["right/pass@1"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
-
-
-def test_pass_at_k_is_unbiased() -> None:
-    assert pass_at(1, 4, 2) == 0.5 and pass_at(4, 4, 1) == 1.0 and pass_at(2, 4, 1) == 0.5 and pass_at(3, 4, 0) == 0.0

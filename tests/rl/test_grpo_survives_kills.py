@@ -1,7 +1,7 @@
 """`dsv2 grpo` killed with SIGKILL at random moments ends with the weights, rollouts and metrics of a run left in peace, bit for bit.
 
-What has state is on: groups drawn anew, so that prompts are not consumed evenly; a reference that is refreshed; a reward model; two updates
-a batch; old checkpoints removed.
+What has state is on: groups drawn anew, so that prompts are not consumed evenly; a reference that is refreshed; a reward model that pays;
+two updates a batch; old checkpoints removed.
 """
 
 import os
@@ -37,13 +37,11 @@ held_out = 8
 samples = 2
 [[reward]]
 name = "format"
-pattern = "[^e]*"
+pattern = "[^eat]*"
 [[reward]]
 name = "model"
 folder = "{{folder}}/reward"
-steps = true
-delimiter = " "
-weight = 0.0
+only_with = "format"
 [objective]
 drop_equal_groups = true
 [run]

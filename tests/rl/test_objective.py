@@ -126,11 +126,21 @@ def test_what_is_watched():
     parts = grpo_loss(PRESETS["deepseekmath"], NOW, old, REF, ADVANTAGES, MASK)
     assert parts.clipped_high.item() == pytest.approx(5 / 15) and parts.clipped_low.item() == pytest.approx(6 / 15)
     assert parts.ratio_max.item() == pytest.approx(1.5)
-    assert parts.ratio_mean.item() == pytest.approx((5 * 1.5 + 3 * 1.1 + 7 * 0.5) / 15)
     whole = grpo_loss(PRESETS["v2"], NOW, old, REF, ADVANTAGES, MASK)
     assert whole.clipped_high.item() == pytest.approx(1 / 4) and whole.clipped_low.item() == pytest.approx(1 / 4)
     assert whole.ratio_max.item() == pytest.approx(1.5**5)
-    assert parts.loss.item() == pytest.approx((parts.policy + 0.04 * parts.kl).item())
+    assert parts.weight_mean is None and parts.weight_capped is None
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_the_kl_that_is_shown_is_k3_of_a_token_whatever_the_loss_has(name, kind):
+    objective = OBJECTIVES[name].model_copy(update={"kl": kind, "kl_weight": 0.04})
+    parts = grpo_loss(objective, NOW, OLD, REF, ADVANTAGES, MASK)
+    pairs = zip(sum(as_lists(NOW), []), sum(as_lists(REF), []), strict=True)
+    assert parts.kl.item() == pytest.approx(sum(reference.k3(now, ref) for now, ref in pairs) / 15)
+    without = grpo_loss(objective.model_copy(update={"kl_weight": 0.0}), NOW, OLD, None, ADVANTAGES, MASK)
+    assert parts.loss.item() == pytest.approx((without.loss + 0.04 * parts.kl_loss).item()) and without.kl is without.kl_loss is None
 
 
 def test_policy_loss_is_the_loss_without_kl():
@@ -218,9 +228,11 @@ def test_importance_weights():
     whole = importance_weights(behaviour, OLD, MASK, "truncate", 1e6, "output")
     assert whole[1].tolist() == pytest.approx([1.5**3] * 6)
     weights = importance_weights(behaviour, OLD, MASK, "truncate", 2.0).masked_fill(~MASK, math.nan)
-    parts = grpo_loss(PRESETS["deepseekmath"].model_copy(update={"kl_weight": 0.0}), OLD, OLD, None, ADVANTAGES, MASK, weights)
+    objective = PRESETS["deepseekmath"].model_copy(update={"kl_weight": 0.0, "correction": "truncate", "correction_cap": 2.0})
+    parts = grpo_loss(objective, OLD, OLD, None, ADVANTAGES, MASK, weights)
     assert parts.loss.item() == pytest.approx(-sum(a * w for a, w in zip(A, [1, 1.5, 2, 0.5], strict=True)) / 4)
     assert parts.weight_mean.item() == pytest.approx((5 * 1 + 3 * 1.5 + 6 * 2 + 0.5) / 15)
+    assert parts.weight_capped.item() == pytest.approx(6 / 15)
 
 
 def test_a_far_ratio_stays_a_number():

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv2.config import load_recipe
+from dsv2.config import Section, load_recipe
 from dsv2.errors import CheckpointError, ConfigError, DataError, MissingExtra
-from dsv2.rl import reward as reward_file
-from dsv2.rl.reward import Part, Rewards, RewardSection, Scores, open_rewards
-from dsv2.rl.reward_needs import require_wanted
-from dsv2.tasks.verdict import Verdict
+from dsv2.rl.reward import NoScore, Part, Rewards, Scores
+from dsv2.rl.reward_kinds import RewardSection, open_rewards
+from dsv2.rl.reward_needs import require_judges
+from dsv2.tasks.verdict import MIB, Limits, Verdict
 
 
 def rollout(text="", *, group=0, example=None, tokens=None):
@@ -51,27 +51,46 @@ def test_format_and_length():
     assert values_of(rollouts, name="length", least_tokens=2, most_tokens=4) == [0.0, 1.0, 1.0, 0.0]
 
 
-def test_code_passes_fails_is_missing_or_could_not_be_run(monkeypatch):
-    """What the machine did is no score; programs are graded together, an answer without one not at all."""
-    outcomes = {"good": "pass", "bad": "fail", "slow": "timeout", "unlucky": "infrastructure"}
-    asked = []
+def answer_with(program):
+    return f"```python\n{program}\n```"
 
-    def grade_all(programs, tests):
-        asked.append((programs, tests))
-        return [Verdict(outcomes[program.split()[1]]) for program in programs]
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Programs, tests and limits of all calls of the sandbox; a program's outcome is what it imports."""
+    calls = []
+
+    def grade_all(programs, tests, limits):
+        calls.append((programs, tests, limits))
+        return [Verdict(program.split()[1], "it says why") for program in programs]
 
     monkeypatch.setattr("dsv2.tasks.code.grade_all", grade_all)
-    texts = [f"```python\nimport {name}\n```" for name in outcomes] + ["I cannot."]
-    assert values_of([rollout(text, example={"test_list": ["assert f() == 1"]}) for text in texts], name="code") == [
-        1.0,
-        0.0,
-        0.0,
-        None,
-        0.0,
-    ]
-    assert len(asked) == 1 and len(asked[0][0]) == 4
+    return calls
+
+
+TESTED = {"test_list": ["assert f() == 1"]}
+OUTCOMES = [answer_with(f"import {outcome}") for outcome in ("pass", "fail", "timeout", "infrastructure")]
+
+
+def test_code_passes_fails_is_missing_or_could_not_be_run(graded):
+    """What the machine did is no score, and is told; programs are graded together, an answer without one not at all."""
+    rewards = open_rewards([RewardSection(name="code")])
+    scores = rewards.score([rollout(text, example=TESTED) for text in [*OUTCOMES, "I cannot."]])
+    assert scores.total == [1.0, 0.0, 0.0, None, 0.0]
+    assert rewards.reasons == {"code": "it says why"} and scores.failed == {"code": 0} and scores.unscored("code") == 1
+    assert len(graded) == 1 and len(graded[0][0]) == 4
     tested = {"tests": {"inputs": ["1"], "outputs": ["2"]}}
-    assert values_of([rollout(texts[0], example=tested), rollout(texts[0])], name="code") == [1.0, None]
+    assert values_of([rollout(OUTCOMES[0], example=tested), rollout(OUTCOMES[0])], name="code") == [1.0, None]
+
+
+def test_a_recipe_says_what_programs_may_take(graded):
+    for section in ({}, {"cpu_s": 6, "memory_mib": 64}, {"cpu_s": 1}):
+        values_of([rollout(OUTCOMES[0], example=TESTED)], name="code", **section)
+    assert [limits for _, _, limits in graded] == [
+        Limits(scratch_bytes=0),
+        Limits(cpu_s=6, wall_s=20.0, memory_bytes=64 * MIB, scratch_bytes=0),
+        Limits(cpu_s=1, scratch_bytes=0),
+    ]
 
 
 class FakeRewardModel:
@@ -106,14 +125,47 @@ def test_what_is_wrong_with_a_reward_itself_is_an_error_and_not_a_missing_score(
 
 
 def test_prompts_have_what_paid_rewards_judge_by():
-    whole = {"messages": [], "answer": 0, "test_list": ["assert f(1) == 2"]}
+    whole = {"messages": [], "answer": 0, **TESTED}
     without_answer, without_tests = [{k: v for k, v in whole.items() if k != name} for name in ("answer", "test_list")]
     for name, lacking, problem in (("answer", without_answer, 'no "answer"'), ("steps", without_answer, 'no "answer"'),
                                    ("code", without_tests, "no tests of a known form")):  # fmt: skip
-        require_wanted([RewardSection(name=name), RewardSection(name="length", most_tokens=9)], [whole] * 2)
-        require_wanted([RewardSection(name=name, weight=0.0)], [lacking])
-        with pytest.raises(DataError, match=f"the reward 'mine' cannot judge 1 of 3 prompts: .*{problem}"):
-            require_wanted([RewardSection(name=name, label="mine")], [whole, lacking, whole])
+        short = RewardSection(name="length", most_tokens=9)
+        require_judges(open_rewards([RewardSection(name=name), short]), [whole] * 2)
+        require_judges(open_rewards([RewardSection(name=name, weight=0.0), short]), [lacking])
+        with pytest.raises(DataError, match=rf"1 of 3 prompts can be judged by none of .*\(mine\): .*{problem}"):
+            require_judges(open_rewards([RewardSection(name=name, label="mine"), short]), [whole, lacking, whole])
+
+
+MIXED = [RewardSection(name="answer", weight=2.0), RewardSection(name="code"), RewardSection(name="length", most_tokens=99, weight=0.5),
+         RewardSection(name="format", pattern=".*", weight=0.1, only_with="answer")]  # fmt: skip
+
+
+def test_a_prompt_is_judged_by_what_it_has(graded, capsys):
+    """A reward is no part of the sum where a prompt lacks what it judges by, nor is what is paid with it."""
+    asked = {"answer": 7}
+    prompts = (asked, asked, TESTED, TESTED, TESTED, asked | TESTED, {})
+    answers = ("7", "8", OUTCOMES[0], OUTCOMES[1], OUTCOMES[3], OUTCOMES[0], "7")
+    rollouts = [rollout(text, example=example) for text, example in zip(answers, prompts, strict=True)]
+    scores = open_rewards(MIXED).score(rollouts)
+    assert scores.total == [2.6, 0.5, 1.5, 0.5, None, 1.5, 0.5]
+    assert scores.parts["answer"] == [1.0, 0.0, None, None, None, 0.0, None]
+    assert scores.of(2) == {"code": 1.0, "length": 1.0, "format": 1.0} and scores.of(4)["code"] is None
+    assert [scores.not_asked(label) for label in scores.parts] == [4, 3, 0, 0] and (Scores.empty() + scores).asked == scores.asked
+    assert (scores.unscored("answer"), scores.unscored("code")) == (0, 1)
+    assert open_rewards(MIXED[:2]).score(rollouts[-1:]).total == [None], "nothing that is paid was asked"
+    require_judges(open_rewards(MIXED), [asked, TESTED, TESTED])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "reward 'answer': not asked about 2 of 3 prompts" in said and "reward 'code': not asked about 1 of 3 prompts" in said
+    with pytest.raises(DataError, match=r"2 of 3 .* \(answer, code, format\): it has no \"answer\"; .*no tests"):
+        require_judges(open_rewards(MIXED), [{}, asked, {}])
+
+
+def test_a_machine_that_cannot_confine_programs_is_refused_if_there_are_any(monkeypatch):
+    require_judges(open_rewards(MIXED), [TESTED])  # this one can
+    monkeypatch.setattr("dsv2.tasks.sandbox.run", lambda *_, **__: Verdict("infrastructure", "confined only by 'seccomp'"))
+    require_judges(open_rewards(MIXED), [{"answer": 7}])
+    with pytest.raises(ConfigError, match=r"'code' cannot run programs under landlock\+seccomp here: infrastructure: .* 'seccomp'"):
+        require_judges(open_rewards(MIXED), [{"answer": 7}, TESTED])
 
 
 def test_the_sum_is_weighted_and_none_where_a_part_that_counts_is():
@@ -146,6 +198,12 @@ def test_an_exception_costs_one_score_is_counted_and_told_once(capsys):
     assert said.count("no score") == 1 and "1 of 4 rollouts: ZeroDivisionError" in " ".join(said.split())
 
 
+def test_a_reward_can_say_why_it_has_no_score():
+    rewards = Rewards([Part("shy", fixed(None, NoScore("not today"), 2.0, NoScore()))])
+    scores = rewards.score(NUMBERED)
+    assert scores.total == [None, None, 2.0, None] and scores.failed == {"shy": 0} and rewards.reasons == {"shy": "not today"}
+
+
 @pytest.mark.parametrize("values", [[1.0], [float("nan")] * 4, [float("inf")] * 4])
 def test_too_few_values_and_no_numbers_are_no_scores(values):
     scores = Rewards([Part("odd", lambda rollouts: values if len(rollouts) == 4 else [])]).score(NUMBERED)
@@ -173,7 +231,7 @@ def test_scores_join():
     one, other = (Rewards([Part("a", fixed(0.0, 1.0, None, 3.0))]).score(NUMBERED[half]) for half in (slice(0, 2), slice(2, 4)))
     joined = Scores.empty() + one + other
     assert joined.total == joined.parts["a"] == [0.0, 1.0, None, 3.0]
-    longer = joined.with_part("overlong", [-1.0, -0.5, 0.0, 0.0])
+    longer = joined.with_penalty([-1.0, -0.5, 0.0, 0.0])
     assert longer.total == [-1.0, 0.5, None, 3.0] and longer.parts["overlong"] == [-1.0, -0.5, 0.0, 0.0]
 
 
@@ -196,7 +254,7 @@ def test_steps_add_up_where_they_end_and_whole_answers_are_paid_with_the_last():
     assert scores.parts["fine"] == [0.5, 1.0, None] and scores.parts["seen"] == [9.0] * 3
     assert scores.total == [pytest.approx(2 * 0.5 + 0.3 + 0.1), pytest.approx(2 * 1.0 + 0.05), None]
     assert scores.steps == [[(0, 2.0), (3, 0.2), (4, 0.4), (5, pytest.approx(1.1))], [(1, 0.0), (4, pytest.approx(2.05))], None]
-    joined = (Scores.empty() + scores).with_part("overlong", [-1.0, 0.0, -1.0])
+    joined = (Scores.empty() + scores).with_penalty([-1.0, 0.0, -1.0])
     assert joined.steps == [[(0, 2.0), (3, 0.2), (4, 0.4), (5, pytest.approx(0.1))], scores.steps[1], None]
     assert joined.total == [pytest.approx(0.4), scores.total[1], None]
 
@@ -230,6 +288,8 @@ def test_whole_answers_have_no_steps():
         ('name = "answer"\npattern = "x"', "pattern is no option of the reward 'answer'; it has exact"),
         ('name = "format"', "the reward 'format' needs a pattern"),
         ('name = "format"\npattern = "("', "is no regular expression"),
+        ('name = "code"\nmemory_mib = 63', "memory_mib = 63"),
+        ('name = "length"\ncpu_s = 4', "cpu_s is no option of the reward 'length'; it has least_tokens, most_tokens"),
         ('name = "length"\nleast_tokens = 5\nmost_tokens = 4', "least_tokens = 5 and most_tokens = 4 allow no answer"),
         ('name = "model"', "the reward 'model' needs a folder"),
         ('name = "anser"', "did you mean 'answer'"),
@@ -239,7 +299,7 @@ def test_whole_answers_have_no_steps():
     ],
 )
 def test_bad_sections_are_refused(tmp_path, section, says):
-    class Recipe(reward_file.Section):
+    class Recipe(Section):
         reward: tuple[RewardSection, ...]
 
     (tmp_path / "r.toml").write_text(f"[[reward]]\n{section}\n")
@@ -253,5 +313,7 @@ def test_labels_must_fit():
         open_rewards([RewardSection(name="length", most_tokens=4), RewardSection(name="length", most_tokens=9)])
     with pytest.raises(ConfigError, match="only_with = 'anser' of the reward 'length' is none of answer, length"):
         open_rewards([RewardSection(name="answer"), RewardSection(name="length", most_tokens=9, only_with="anser")])
+    with pytest.raises(ConfigError, match="a reward is called 'overlong', as the penalty for long answers is"):
+        open_rewards([RewardSection(name="answer"), RewardSection(name="length", most_tokens=9, label="overlong")])
     with pytest.raises(ConfigError, match="no reward has a weight"):
         open_rewards([RewardSection(name="answer", weight=0.0)])

@@ -152,14 +152,35 @@ def test_weights_correct_a_sampler_that_was_another(llm: LLM, policy: Transforme
     """Drawn at half the probability that the trainer finds: a weight of 2, cut at 1.5, or left out above it."""
     rollouts = [replace(r, logprobs=tuple(p - math.log(2) for p in r.logprobs)) for r in drawn(llm)]
     start = {name: value.clone() for name, value in policy.state_dict().items()}
-    moved = []
+    moved, shown = [], []
     for correction in ("none", "truncate", "mask"):
         policy.load_state_dict(start)
         objective = Objective(kl_weight=0.0, correction=correction, correction_cap=1.5)
-        learn(policy, rollouts, pad(rollouts, micro_tokens=200, replay=True), objective=objective, clip_norm=1e9)
+        result = learn(policy, rollouts, pad(rollouts, micro_tokens=200, replay=True), objective=objective, clip_norm=1e9)
+        shown.append((result.weight_mean, result.weight_capped))
         moved.append(policy.lm_head.weight.detach() - start["lm_head.weight"])
     assert moved[0].abs().max() > 1e-4 and not moved[2].any()
     torch.testing.assert_close(moved[1], 1.5 * moved[0], rtol=0, atol=2e-6)
+    assert shown == [(None, None), (1.5, 1.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+def test_the_kl_of_a_token_is_the_same_for_each_objective(llm: LLM, policy: Transformer, micro_tokens: int) -> None:
+    """A reference 0.1 nats above the policy at every token: the figure is k3 of that, the loss has that of an output, or of a sum."""
+    rollouts = drawn(llm)
+    pieces = pad(rollouts, micro_tokens=micro_tokens, replay=True)
+    above = [logp + 0.1 for logp in without_graph(policy, pieces, nullcontext())]
+    start = {name: value.clone() for name, value in policy.state_dict().items()}
+    k3 = math.expm1(0.1) - 0.1
+    lengths = [len(r.tokens) for r in rollouts]
+    for objective, in_loss in (
+        (Objective(), k3),
+        (Objective(ratio="output"), sum(math.expm1(0.1 * length) - 0.1 * length for length in lengths) / 9),
+        (Objective(normalise="constant", constant_len=50), k3 * sum(lengths) / 50 / 9),
+    ):
+        policy.load_state_dict(start)
+        result = learn(policy, rollouts, pieces, objective=objective, reference=above)
+        assert result.kl == pytest.approx(k3, rel=1e-3) and result.kl_loss == pytest.approx(in_loss, rel=1e-3)
 
 
 def test_shares_of_outputs_weigh_each_output_alike(llm: LLM, policy: Transformer) -> None:
@@ -201,7 +222,7 @@ def test_rollouts_repeat_with_their_seed_whatever_shares_the_batch(llm: LLM) -> 
 
 def test_what_a_tool_writes_is_forced_and_left_out_of_the_mask(llm: LLM, policy: Transformer) -> None:
     class Parrot(Calculator):
-        stops = ("e", "a", "t")
+        call = "[eat]"
 
         def answer(self, text: str) -> str:
             return " 46>>"
@@ -217,6 +238,20 @@ def test_what_a_tool_writes_is_forced_and_left_out_of_the_mask(llm: LLM, policy:
     assert agreement(rollouts, pieces, without_graph(policy, pieces, nullcontext()), alarm=1e-5, step=1).largest <= 1e-5
     logp, entropy, _ = log_probs(policy, pieces[0])
     assert not logp[~pieces[0].mask].any() and not entropy[~pieces[0].mask].any()
+
+
+def test_nothing_but_a_call_ends_a_turn(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked sums are full of "=": with a calculator at hand they are drawn as without one, all at once."""
+    plain, asked, generate = drawn(llm, seed="3"), [], llm.generate
+
+    def watched(prompts: list, *arguments: object, **options: object) -> list[Output]:
+        asked.append(len(prompts))
+        return generate(prompts, *arguments, **options)
+
+    monkeypatch.setattr(llm, "generate", watched)
+    rollouts = drawn(llm, seed="3", tool=Calculator())
+    assert any("=" in r.text[:-1] for r in plain), "the seed is to draw one"
+    assert asked == [3] and [r.tokens for r in rollouts] == [r.tokens for r in plain] and all(all(r.mask) for r in rollouts)
 
 
 def test_tokens_keep_the_experts_that_they_were_drawn_through(llm: LLM) -> None:
@@ -250,13 +285,15 @@ def learn(
     balance: BalanceSection = NO_BALANCE,
     clip_norm: float = 1.0,
     old: list[torch.Tensor] | None = None,
+    reference: list[torch.Tensor] | None = None,
 ) -> UpdateResult:
     optimizer = torch.optim.SGD(policy.parameters())
     if values is None:
         values = torch.linspace(-1, 1, len(rollouts))
     return update(
         policy, optimizer, pieces, values, objective or replace_kl(Objective()), lr=0.1, clip_norm=clip_norm, balance=balance,
-        autocast=nullcontext(), old=old, check=lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=7),
+        autocast=nullcontext(), old=old, reference=reference,
+        check=lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=7),
     )[0]  # fmt: skip
 
 

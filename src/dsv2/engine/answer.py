@@ -88,7 +88,9 @@ class Answer:
             end_ids=params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, tokenizer.eos_id),
             matcher=None if grammar is None else grammar.matcher(),
         )
-        self.text = TextStream(tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens)
+        self.text = TextStream(
+            tokenizer.stream(), params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens, regex=params.stop_regex
+        )
         self.num_new = 0
         self.speculate = speculate
         self.lookup: PromptLookup | None = None  # made for the first draft: most waiting answers, and all of large batches, have none

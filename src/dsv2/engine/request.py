@@ -6,6 +6,7 @@ engine is asked.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import index
@@ -97,6 +98,8 @@ class SamplingParams:
         n: answers to the prompt, 1 to 128; each draws from a stream of its own, made of the seed and its index.
         constraint: form that the answer must have. It decides where the answer may end, so ``min_tokens`` and ``ignore_eos`` are
             refused beside it.
+        stop_regex: Python regular expression: the answer ends with the token behind which its text, the last 256 characters of it, ends in
+            a match, which stays in the text. One that ends inside a token does not count; empty: none.
 
     Raises:
         RequestError: a value is out of its range or of the wrong kind.
@@ -122,6 +125,7 @@ class SamplingParams:
     prompt_logprobs_from: int = 0
     n: int = 1
     constraint: Constraint | None = None
+    stop_regex: str = ""
 
     def __post_init__(self) -> None:
         """Check every field and settle its type."""
@@ -144,6 +148,7 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids holds {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKENS} are allowed")
         _flag("ignore_eos", self.ignore_eos)
         _flag("include_stop", self.include_stop)
+        _check_regex("stop_regex", self.stop_regex)
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 settle(self, name, _whole(name, value, 0, MAX_LOGPROBS))
@@ -331,6 +336,25 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
             raise RequestError(f"logit_bias names id {plain} twice")
         biases[plain] = _real(f"logit_bias[{plain}]", bias, -MAX_BIAS, MAX_BIAS)
     return tuple(sorted(biases.items()))
+
+
+def at_the_end(regex: str) -> re.Pattern[str]:
+    """Return a pattern whose ``search`` finds a match of ``regex`` that a text ends in."""
+    return re.compile(rf"(?:{regex})\Z")
+
+
+def _check_regex(name: str, value: Any) -> None:
+    """Refuse what is no regular expression; one that matches the empty text would end every answer at its first token."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} = {value!r} is not a string")
+    if len(value) > MAX_STOP_LEN:
+        raise RequestError(f"{name} = {value!r} has {len(value)} characters; at most {MAX_STOP_LEN} are allowed")
+    try:
+        empty = value and at_the_end(value).search("")
+    except (re.error, RecursionError) as error:
+        raise RequestError(f"{name} = {value!r} is not a regular expression: {error}") from error
+    if empty:
+        raise RequestError(f"{name} = {value!r} matches the empty text, in which every text ends", hint="let it need a character")
 
 
 def _strings(name: str, value: Iterable[str]) -> tuple[str, ...]:

@@ -2,37 +2,51 @@
 
 from collections.abc import Sequence
 
+from dsv2.engine.request import MAX_STOP_LEN, at_the_end
 from dsv2.tokenizer.tokenizer import StreamDecoder
 
 
 class TextStream:
     """The text of one answer as it grows.
 
-    What ``push`` has returned is never taken back: an end that could still become a stop string is held until it is decided. The result
-    does not depend on how the text was cut into tokens: the stop string that is completed first counts, of two that are completed by the
-    same character the longer.
+    What ``push`` has returned is never taken back: an end that could still become a stop string is held until it is decided. Which stop
+    string ends it does not depend on how the text was cut into tokens: the one that is completed first counts, of two that are completed by
+    the same character the longer.
 
     Args:
         decoder: of this answer alone.
         stop: strings that end it.
         include_stop: leave the stop string in the text.
-        min_tokens: a stop string that is complete by this many tokens does not count; one that only begins by then does.
+        min_tokens: a stop that is complete by this many tokens does not count; a stop string that only begins by then does.
+        regex: ends it too, where the text ends in a match behind a token; the match stays. Empty: none.
     """
 
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0) -> None:
+    def __init__(
+        self, decoder: StreamDecoder, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0, regex: str = ""
+    ) -> None:
         self._decoder = decoder
         self._stop = stop
         self._include_stop = include_stop
         self._tokens_left = min_tokens
+        self._regex = at_the_end(regex) if regex else None
+        self._end = ""  # of the text, what the regular expression looks at
         self._held = ""
         self._exempt = 0  # characters of what is held that came with the first min_tokens tokens
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain. Sets ``stopped`` when a stop string is complete."""
+        """Add a token; return the text that is now certain. Sets ``stopped`` when a stop is complete."""
         exempt = self._tokens_left > 0
         self._tokens_left -= exempt
-        return self._settle(self._decoder.push(token_id), exempt=exempt)
+        text = self._decoder.push(token_id)
+        certain = self._settle(text, exempt=exempt)
+        if self._regex is None or self.stopped or not text:
+            return certain
+        self._end = (self._end + text)[-MAX_STOP_LEN:]
+        if exempt or self._regex.search(self._end) is None:
+            return certain
+        self.stopped, held, self._held = True, self._held, ""
+        return certain + held
 
     def finish(self) -> str:
         """Return what was held back, when no more tokens will come."""

@@ -26,7 +26,7 @@ class Record:
     Args:
         name: short, for people.
         metrics: the lines of metrics.jsonl, in order.
-        settings: recipe.toml with dotted keys, and what plan.json says of machine and data; empty where the files are missing.
+        settings: recipe.toml with dotted keys, and what plan.json says of derived sections, machine and data; empty where they are missing.
     """
 
     name: str
@@ -174,7 +174,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
             settings |= dotted(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
         if (folder / "plan.json").is_file():
             plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            settings |= {key: str(plan[key])[:12] for key in MACHINE if key in plan}
+            settings |= dotted(plan.get("derived", {})) | {key: str(plan[key])[:12] for key in MACHINE if key in plan}
     except ValueError as error:
         raise DataError(f"{folder}: recipe.toml or plan.json is damaged: {error}", hint="restore the file, or remove it") from error
     return settings

@@ -22,8 +22,9 @@ _FIGURES: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
     ),
     (
         "Drift",
-        (("KL to the reference, nats", "kl"), ("entropy of a token, nats", "entropy")),
-        "How far the policy has gone from where it began, and how much choice it has left. Without a KL in the loss it is not estimated.",
+        (("KL to the reference, nats a token", "kl"), ("entropy of a token, nats", "entropy")),
+        "How far the policy has gone from its reference (k3, whatever the loss has), and how much choice it has left. Without a KL in the "
+        "loss it is not estimated.",
     ),
     (
         "Answers",
@@ -36,6 +37,7 @@ _FIGURES: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
             ("groups of equal rewards, share", "frac_reward_zero_std"),
             ("gradient norm, before clipping", "grad_norm"),
             ("largest difference of log-probabilities, engine and trainer, nats", "sampling/sampling_logp_difference/max"),
+            ("importance weights cut at the cap, share", "sampling/importance_weight/capped"),
             ("rollouts per second of sampling", "rollouts_per_s"),
         ),
         "Groups of equal rewards teach nothing. Engine and trainer hold the same weights: a difference beyond rounding is a fault, and the "
@@ -67,8 +69,9 @@ def reward_cards(records: Sequence[Record]) -> list[tuple[str, str]]:
     record = records[0]
     steps, tests = record.grpo, record.of_kind("evaluation")
     cards = [("reward, first and last step", f"{_shown(steps[0].get('reward'))} \u2192 {_shown(steps[-1].get('reward'))}")]
-    for metric in _held_out_keys(tests):
+    for metric in _held_out_keys(records):
         cards.append((f"{metric}, held-out prompts", f"{_shown(tests[0].get(metric))} \u2192 {_shown(tests[-1].get(metric))}"))
+    cards += [("held-out answers without a score, at most", missing)] if (missing := _unscored(record)) else []
     speeds = [line["rollouts_per_s"] for line in steps if line.get("rollouts_per_s")]
     apart = [line[name] for line in steps if line.get(name := "sampling/sampling_logp_difference/max") is not None]
     cards += [("rollouts per second of sampling, median", f"{median(speeds):,.0f}")] if speeds else []
@@ -86,9 +89,9 @@ def _chart(title: str, records: Sequence[Record], metric: str) -> Chart | None:
 
 
 def _held_out(records: Sequence[Record], key: tuple[tuple[str, int], ...]) -> list[Section]:
-    """Return how well held-out prompts were answered: pass@1 and pass@k where the reward is right or wrong, else the reward."""
+    """Return how well held-out prompts were answered: pass@1 and pass@k of rewards that are right or wrong, else the reward."""
     rows = []
-    for metric in _held_out_keys([line for record in records for line in record.of_kind("evaluation")]):
+    for metric in _held_out_keys(records):
         lines = [(number, _line(record.name, record.of_kind("evaluation"), metric)) for number, record in enumerate(records)]
         curves = tuple(Curve(line, *style(number), dots=True) for number, line in lines if line is not None)
         rows.append(Chart(metric, curves, form="{:.3f}", names=False))
@@ -98,13 +101,26 @@ def _held_out(records: Sequence[Record], key: tuple[tuple[str, int], ...]) -> li
         "Held-out prompts, sampled at temperature 1. pass@1: an answer is right; pass@k: at least one of k is. Selection raises pass@1 "
         "towards the pass@k of the beginning; a rising pass@k would be something new."
     )
+    missing = [f"{record.name + ': ' if len(records) > 1 else ''}{text}" for record in records if (text := _unscored(record))]
+    if missing:
+        caption += f" Answers without a score are left out, at most {', '.join(missing)}."
     return [FigureSection("Held-out prompts", charts(rows, over=STEPS), caption, key)]
 
 
-def _held_out_keys(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for line in lines for key, value in line.items() if value is not None)
-    passes = [key for key in keys if "/pass@" in key]
-    return passes or (["reward"] if "reward" in keys else [])
+def _held_out_keys(records: Sequence[Record]) -> list[str]:
+    """Return what of held-out answers is drawn: pass@k, and the reward where a run has no pass@k."""
+    found = []
+    for record in records:
+        keys = dict.fromkeys(key for line in record.of_kind("evaluation") for key, value in line.items() if value is not None)
+        passes = [key for key in keys if "/pass@" in key]
+        found += passes or (["reward"] if "reward" in keys else [])
+    return list(dict.fromkeys(found))
+
+
+def _unscored(record: Record) -> str:
+    """Return how many held-out answers had no score, in the evaluation where it was most; empty where all had one."""
+    worst = max(record.of_kind("evaluation"), key=lambda line: line.get("unscored") or 0, default={})
+    return f"{worst['unscored']} of {worst['answers']} after step {worst['step']}" if worst.get("unscored") else ""
 
 
 def _parts(record: Record) -> list[Section]:

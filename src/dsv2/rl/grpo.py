@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,29 +23,29 @@ from dsv2.errors import DataError
 from dsv2.files import clear_leftovers, sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, bar, console, say, table
+from dsv2.progress import bar, say
+from dsv2.rl.batch import Batch
 from dsv2.rl.evaluate import evaluate
-from dsv2.rl.grpo_recipe import GrpoRecipe
-from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
+from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
+from dsv2.rl.grpo_shown import ROLLOUTS, RunLog, on_the_bar, print_plan, print_sample
+from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
-from dsv2.rl.reward import Rewards, Scores, open_rewards
-from dsv2.rl.reward_needs import require_wanted, reward_models
+from dsv2.rl.reward import Rewards, Scores
+from dsv2.rl.reward_kinds import open_rewards
+from dsv2.rl.reward_needs import require_judges, reward_models
 from dsv2.rl.rollout import Rollout, draw
-from dsv2.rl.step_metrics import rollout_metrics
-from dsv2.rl.supervision import advantages_of, require_supervision, shown_advantage
+from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
 from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
-from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, load_stage_recipe, require_resume, settled_recipe
+from dsv2.train.run_folder import begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
 from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
-ROLLOUTS = "rollouts.jsonl"
 _UNHURRIED_S = 1e6  # of an engine step: with a bound in seconds, which prompts share a step would depend on the clock
 _ALARM = {"fp32": 1e-5, "bf16": 0.05}  # of the mean difference, nats
 
@@ -99,31 +99,17 @@ def train(
         return begun.train()
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What a step learns from: scored rollouts of groups that are not all equal, and where the prompts stand after them."""
-
-    drawn: list[Rollout]
-    scores: Scores
-    advantages: torch.Tensor  # [rollouts], or [rollouts, tokens] under process supervision
-    kept: list[int]  # rollouts to learn from
-    consumed: int
-    seconds: float
-
-
 class _Run:
     def __init__(self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
         begins_from, judges = start_hash(start.folder), {} if rewards else reward_models(recipe.reward)
-        recipe = recipe.model_copy(update={"objective": objective_of(recipe)})  # recipe.toml states every choice
         self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges)
         require_determinism(recipe.run.deterministic)
-        self.objective = recipe.objective
+        self.objective = objective_of(recipe)
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        if rewards is None:
-            require_wanted(recipe.reward, [*prompts.take(0, len(prompts)), *prompts.held_out])
         self.rewards = open_rewards(recipe.reward, self.tokenizer, recipe.run.seq_len) if rewards is None else rewards
+        require_judges(self.rewards, [*prompts.take(0, len(prompts)), *prompts.held_out])
         require_supervision(recipe.supervision, self.rewards, self.objective)
         self.model = Transformer(start.config)
         if not checkpoints(out):
@@ -134,9 +120,7 @@ class _Run:
         clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
-        self.metrics, self.shown = MetricsLog(out / METRICS, tensorboard=tensorboard), MetricsLog(out / ROLLOUTS)
-        for log in (self.metrics, self.shown):
-            log.cut_back(self.step or -1)  # the evaluation before the first step is made again, too
+        self.log = RunLog(out, self.step, group_size=recipe.rollout.group_size, tensorboard=tensorboard)
         self.reference = Reference(out, self.model)
         self.llm = LLM(
             self.model, tokenizer=self.tokenizer, max_batch=recipe.rollout.max_batch, max_len=recipe.run.seq_len,
@@ -147,12 +131,12 @@ class _Run:
 
     def close(self) -> None:
         self.llm.close()
-        self.metrics.close()
-        self.shown.close()
+        self.log.close()
 
     def train(self) -> Transformer:
         run = self.recipe.run
-        self._print_plan()
+        policy = f"{self.start.folder}: {count_parameters(self.start.config).total:,} parameters"
+        print_plan(self.recipe, self.objective, policy, self.prompts, self.llm, self.step)
         if self.step == 0:
             self._evaluate()
         with bar(run.steps, "GRPO", unit="steps", done=self.step) as progress:
@@ -165,11 +149,11 @@ class _Run:
                 self.step, self.consumed = self.step + 1, batch.consumed
                 step_s = time.perf_counter() - began
                 self.elapsed += step_s
-                self._write(batch, learned, agreed, rate, step_s)
-                progress.advance(1, **_shown(batch, learned))
+                self.log.step(self.step, batch, learned, agreed, rate=rate, step_s=step_s, elapsed_s=self.elapsed)
+                progress.advance(1, **on_the_bar(batch, learned))
                 last = self.step == run.steps
                 if last or self.step % run.sample_every == 0:
-                    self._show(batch)
+                    print_sample(self.step, batch)
                 if last or self.step % run.validate_every == 0:
                     self._evaluate()
                 if last or self.step % run.checkpoint_every == 0:
@@ -179,9 +163,20 @@ class _Run:
                     self.reference.remove_before(self._reference_step(int(checkpoints(self.out)[0].name.removeprefix("step-"))))
         return self.model
 
+    def _evaluate(self) -> None:
+        if not self.prompts.held_out:
+            return
+        recipe = self.recipe
+        self.llm.weights_changed()
+        found = evaluate(
+            self.llm, self.prompts.held_out, self.rewards, samples=recipe.task.samples, max_tokens=recipe.rollout.max_tokens,
+            seed=f"{recipe.run.seed} evaluation", tool=self.tool,
+        )  # fmt: skip
+        self.log.evaluation(self.step, found, len(self.prompts.held_out), elapsed_s=self.elapsed)
+
     # one step: sample, learn -----------------------------------------------------------------------------------------------------------
 
-    def _sample(self) -> _Batch:
+    def _sample(self) -> Batch:
         """Draw and score this step's rollouts; groups with equal rewards are drawn anew where the objective says so."""
         began = time.perf_counter()
         section, size = self.recipe.rollout, self.recipe.rollout.group_size
@@ -206,13 +201,13 @@ class _Run:
         self._require_scores(scores)
         if self.objective.overlong == "mask":
             kept = [i for i in kept if not drawn[i].truncated]
-        return _Batch(drawn, scores, torch.cat(found), kept, consumed, time.perf_counter() - began)
+        return Batch(drawn, scores, torch.cat(found), kept, consumed, time.perf_counter() - began)
 
     def _with_penalty(self, scores: Scores, rollouts: Sequence[Rollout]) -> Scores:
         if self.objective.overlong != "penalty":
             return scores
         limit, buffer = self.recipe.rollout.max_tokens, self.objective.overlong_buffer
-        return scores.with_part("overlong", [overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
+        return scores.with_penalty([overlong_penalty(len(rollout.tokens), limit, buffer) for rollout in rollouts])
 
     def _advantages(self, scores: Scores, rollouts: Sequence[Rollout], objective: Objective) -> torch.Tensor:
         section = self.recipe.rollout
@@ -239,8 +234,8 @@ class _Run:
                 hint="mend the reward, or give prompts that it can judge",
             )
 
-    def _learn(self, batch: _Batch) -> tuple[UpdateResult | None, Agreement | None, float]:
-        """Update the policy on a batch; nothing is done where no group has anything to teach."""
+    def _learn(self, batch: Batch) -> tuple[UpdateResult | None, Agreement | None, float]:
+        """Update the policy on a batch; nothing is done where all of its rollouts were dropped or left out."""
         recipe = self.recipe
         rate = learning_rate(recipe.learning_rate, step=self.step, tokens=self.step, total_tokens=recipe.run.steps)
         rollouts = [batch.drawn[i] for i in batch.kept]
@@ -273,94 +268,3 @@ class _Run:
         """Return the step whose policy is the reference of the step after ``step``, of the run's next one if that is None."""
         every, done = self.recipe.reference.refresh_every, self.step if step is None else step
         return done // every * every if every else 0
-
-    # what people see -------------------------------------------------------------------------------------------------------------------
-
-    def _write(self, batch: _Batch, learned: UpdateResult | None, agreed: Agreement | None, rate: float, step_s: float) -> None:
-        line = rollout_metrics(batch.drawn, batch.scores, self.recipe.rollout.group_size)
-        if learned is not None and agreed is not None:
-            line |= {
-                "loss": learned.loss, "kl": learned.kl, "entropy": learned.entropy, "grad_norm": learned.grad_norm,
-                "clip_ratio/low_mean": learned.clipped_low, "clip_ratio/high_mean": learned.clipped_high,
-                "clip_ratio/region_mean": learned.clipped_low + learned.clipped_high, "ratio_max": learned.ratio_max,
-                "sampling/sampling_logp_difference/max": agreed.largest, "sampling/sampling_logp_difference/mean": agreed.mean,
-                "sampling/importance_sampling_ratio/mean": agreed.ratio_mean,
-            }  # fmt: skip
-        self.metrics.write(
-            self.step, "grpo", **line, learned_from=len(batch.kept), consumed_prompts=batch.consumed, lr=rate,
-            rollouts_per_s=round(len(batch.drawn) / batch.seconds, 2), rollout_s=round(batch.seconds, 3), step_time=round(step_s, 3),
-            elapsed_s=round(self.elapsed, 3),
-        )  # fmt: skip
-        learned_from = set(batch.kept)
-        for i, rollout in enumerate(batch.drawn):
-            rewards = {name: values[i] for name, values in batch.scores.parts.items()}
-            steps = batch.scores.steps[i] if batch.scores.steps else None
-            self.shown.write(
-                self.step, "rollout", **rollout.as_dict(), reward=batch.scores.total[i], rewards=rewards,
-                **shown_advantage(batch.advantages[i], len(rollout.tokens), steps), learned=i in learned_from,
-            )  # fmt: skip
-
-    def _show(self, batch: _Batch) -> None:
-        """Print a rollout of the step."""
-        first, earned = batch.drawn[0], batch.scores.total[0]
-        shown = f"step {self.step}, {first.example['messages'][-1]['content']!r}: {first.text!r}, reward {earned}"
-        console().print(shown[:400], markup=False, soft_wrap=True)
-
-    def _evaluate(self) -> None:
-        if not self.prompts.held_out:
-            return
-        recipe = self.recipe
-        self.llm.weights_changed()
-        found = evaluate(
-            self.llm, self.prompts.held_out, self.rewards, samples=recipe.task.samples, max_tokens=recipe.rollout.max_tokens,
-            seed=f"{recipe.run.seed} evaluation", tool=self.tool,
-        )  # fmt: skip
-        self.metrics.write(self.step, "evaluation", elapsed_s=round(self.elapsed, 3), **found)
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
-        console().print(f"step {self.step}, {len(self.prompts.held_out)} held-out prompts: {shown}", markup=False, soft_wrap=True)
-
-    def _print_plan(self) -> None:
-        recipe, config = self.recipe, self.start.config
-        section = recipe.rollout
-        rows = [
-            ("policy", f"{self.start.folder}: {count_parameters(config).total:,} parameters"),
-            ("prompts", f"{len(self.prompts):,} to learn from, {len(self.prompts.held_out):,} held out"),
-            ("a step", f"{section.prompts} prompts x {section.group_size} answers of at most {section.max_tokens} tokens"),
-            ("rewards", ", ".join(f"{part.shown_as} x {part.weight:g}" for part in recipe.reward)),
-            ("objective", f"{recipe.supervision} supervision, {self.objective}"),
-            ("updates", f"{recipe.update.updates} a batch, learning rate {describe_rate(recipe.learning_rate)}"),
-            ("engine", f"{self.llm.engine.cache}; up to {section.max_batch} answers at once"),
-            ("steps", f"{recipe.run.steps:,} on the CPU; {recipe.run.precision} products, {torch.get_num_threads()} threads"),
-        ]
-        table("plan", ("what", "value"), rows)
-        if self.step:
-            console().print(f"resuming after step {self.step} of {recipe.run.steps}")
-
-
-def objective_of(recipe: GrpoRecipe) -> Objective:
-    """Return the recipe's objective: its paper's, but for what [objective] states.
-
-    What depends on the longest answer is fitted to it unless it is stated: Dr. GRPO's constant, and the buffer of DAPO's penalty, a fifth.
-
-    Raises:
-        ConfigError: the buffer of the penalty is longer than an answer may be, or empty.
-    """
-    longest, stated = recipe.rollout.max_tokens, recipe.objective.model_fields_set
-    chosen = PRESETS[recipe.preset] if recipe.preset else Objective()
-    chosen = chosen.model_copy(update={name: getattr(recipe.objective, name) for name in stated})
-    if chosen.normalise == "constant" and chosen.constant_len is None:
-        chosen = chosen.model_copy(update={"constant_len": longest})
-    if chosen.overlong == "penalty" and "overlong_buffer" not in stated:
-        chosen = chosen.model_copy(update={"overlong_buffer": max(1, longest // 5)})
-    if chosen.overlong == "penalty":
-        overlong_penalty(0, longest, chosen.overlong_buffer)  # refuses now what no step could score
-    return chosen
-
-
-def _shown(batch: _Batch, learned: UpdateResult | None) -> dict[str, object]:
-    known = [reward for reward in batch.scores.total if reward is not None]
-    lengths = [len(rollout.tokens) for rollout in batch.drawn]
-    shown: dict[str, object] = {"reward": sum(known) / max(1, len(known)), "length": sum(lengths) / len(lengths)}
-    if learned is not None and learned.kl is not None:
-        shown["kl"] = learned.kl
-    return shown | {"rollouts_per_s": len(batch.drawn) / batch.seconds}

@@ -1,12 +1,12 @@
 """The recipe of GRPO as data."""
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_serializer
 
 from dsv2.config import Section
-from dsv2.rl.objective import Objective
-from dsv2.rl.reward import RewardSection
+from dsv2.rl.objective import PRESETS, Objective, overlong_penalty
+from dsv2.rl.reward_kinds import RewardSection
 from dsv2.rl.supervision import Supervision
 from dsv2.train.loop import PaceSection
 from dsv2.train.losses import BalanceSection
@@ -107,6 +107,15 @@ class GrpoRecipe(TuningRecipe):
     optimizer: OptimizerSection = OptimizerSection()
     balance: GrpoBalanceSection = GrpoBalanceSection()
 
+    @field_serializer("objective")
+    def _stated(self, objective: Objective) -> dict[str, Any]:
+        """Write what is stated and no more: a recipe that is used again takes the rest from its preset then."""
+        return objective.model_dump(exclude_unset=True)
+
+    def derived(self) -> dict[str, Section]:
+        """Return the objective as it is used."""
+        return {"objective": objective_of(self)}
+
     def fitted(self: T, context: int) -> T:
         """Return the recipe with all its lengths as numbers.
 
@@ -116,3 +125,23 @@ class GrpoRecipe(TuningRecipe):
         fitted = super().fitted(context)
         longest = fitted.rollout.max_tokens or fitted.run.seq_len // 2
         return fitted.model_copy(update={"rollout": fitted.rollout.model_copy(update={"max_tokens": longest})})
+
+
+def objective_of(recipe: GrpoRecipe) -> Objective:
+    """Return the recipe's objective: its paper's, but for what [objective] states.
+
+    What depends on the longest answer is fitted to it unless it is stated: Dr. GRPO's constant, and the buffer of DAPO's penalty, a fifth.
+
+    Raises:
+        ConfigError: the buffer of the penalty is longer than an answer may be, or empty.
+    """
+    longest, stated = recipe.rollout.max_tokens, recipe.objective.model_fields_set
+    chosen = PRESETS[recipe.preset] if recipe.preset else Objective()
+    chosen = chosen.model_copy(update={name: getattr(recipe.objective, name) for name in stated})
+    if chosen.normalise == "constant" and chosen.constant_len is None:
+        chosen = chosen.model_copy(update={"constant_len": longest})
+    if chosen.overlong == "penalty" and "overlong_buffer" not in stated:
+        chosen = chosen.model_copy(update={"overlong_buffer": max(1, longest // 5)})
+    if chosen.overlong == "penalty":
+        overlong_penalty(0, longest, chosen.overlong_buffer)  # refuses now what no step could score
+    return chosen

@@ -77,7 +77,7 @@ PRESETS: dict[str, Objective] = {
     "v2": Objective(ratio="output"),
     "deepseekmath": Objective(),
     "dr_grpo": Objective(advantage="mean", normalise="constant", kl_weight=0.0),
-    # The paper's buffer is a fifth of its longest answer (4096 of 20480 tokens); a run takes a fifth of its own (grpo.objective_of).
+    # The paper's buffer is a fifth of its longest answer (4096 of 20480 tokens); a run takes a fifth of its own (grpo_recipe.py).
     "dapo": Objective(normalise="tokens", clip_high=0.28, kl_weight=0.0, overlong="penalty", overlong_buffer=4096, drop_equal_groups=True),
 }
 
@@ -87,24 +87,24 @@ class LossParts:
     """The loss of one update, and what to watch; all but ``loss`` are without graph.
 
     Args:
-        loss: policy + kl_weight * kl, to be minimised.
-        policy: the clipped part.
-        kl: the estimate, unweighted; 0 without a reference.
+        loss: the clipped part + kl_weight * kl_loss, to be minimised.
+        kl: estimate of the KL to the reference whatever the loss has: k3 of each token, in the mean over tokens, nats; None without one.
+        kl_loss: the part of the loss, unweighted: its own estimator, level and mean; None without a reference.
         clipped_low: share of ratios below the lower clip whose advantage is negative, hence without gradient.
         clipped_high: share above the upper clip whose advantage is positive. Of tokens, or of outputs where ratios are of those.
-        ratio_mean: of pi_theta / pi_old, likewise.
-        ratio_max: the largest.
-        weight_mean: of the importance weights; 1 without.
+        ratio_max: the largest pi_theta / pi_old.
+        weight_mean: of the importance weights, likewise of tokens or outputs; None without weights.
+        weight_capped: share of them that was cut at the cap, or dropped above it.
     """
 
     loss: Float[Tensor, ""]
-    policy: Float[Tensor, ""]
-    kl: Float[Tensor, ""]
+    kl: Float[Tensor, ""] | None
+    kl_loss: Float[Tensor, ""] | None
     clipped_low: Float[Tensor, ""]
     clipped_high: Float[Tensor, ""]
-    ratio_mean: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
-    weight_mean: Float[Tensor, ""]
+    weight_mean: Float[Tensor, ""] | None
+    weight_capped: Float[Tensor, ""] | None
 
 
 def grpo_loss(
@@ -144,25 +144,25 @@ def grpo_loss(
     if weights is not None:
         surrogate = surrogate * torch.where(mask, weights, 0.0)
     shape = objective.normalise, objective.constant_len, denominator
-    policy = _mean(-surrogate, mask, *shape)
-    divergence = torch.zeros_like(policy)
+    loss = _mean(-surrogate, mask, *shape)
+    divergence, in_loss = None, None
     if ref_logp is not None:
-        per_token = kl(*_at_level(logp, ref_logp, mask, objective.ratio), objective.kl)
-        divergence = _mean(per_token, mask, *shape)
-    loss = policy + objective.kl_weight * divergence if objective.kl_weight else policy
+        divergence = _mean(kl(logp.detach(), ref_logp), mask, "tokens")
+        in_loss = _mean(kl(*_at_level(logp, ref_logp, mask, objective.ratio), objective.kl), mask, *shape)
+        loss = loss + objective.kl_weight * in_loss if objective.kl_weight else loss
 
     def share(values: Tensor) -> Tensor:
         return _mean(values.detach().to(logp.dtype), mask, "output" if objective.ratio == "output" else "tokens")
 
     return LossParts(
         loss,
-        policy.detach(),
-        divergence.detach(),
+        divergence,
+        None if in_loss is None else in_loss.detach(),
         share((rho < 1 - objective.clip_low) & (advantages < 0)),
         share((rho > 1 + objective.clip_high) & (advantages > 0)),
-        share(rho),
         torch.where(mask, rho, 0.0).amax().detach(),
-        share(torch.ones_like(rho) if weights is None else weights),
+        None if weights is None else share(weights),
+        None if weights is None else share((weights == 0) | (weights >= objective.correction_cap)),
     )
 
 

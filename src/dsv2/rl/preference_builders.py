@@ -1,23 +1,24 @@
 """Preference data out of outcomes: programs that a compiler and tests judge, answers that a ground truth judges (section 4.2).
 
-Several outputs to one prompt are graded; outputs that came out differently make pairs, and each makes a point-wise judgement. What the
-machine could not find out (an infrastructure outcome) is left out: it is no wrong answer.
+Several outputs to one prompt are graded, by ``outcomes.by_answer`` or ``by_tests`` or a function of your own. Outputs that came out
+differently make pairs, and each makes a point-wise judgement. What could not be found out, because of the machine or of an example that
+lacks what it takes, is left out: it is no wrong answer.
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from dsv2.data.preferences import Answer, Preference
+from dsv2.errors import DataError
 from dsv2.progress import read_metrics
+from dsv2.rl.outcomes import Example
+from dsv2.rl.reward import NoScore
 
-Example = Mapping[str, Any]
-# Texts of outputs and the example of each -> 1 right, 0 wrong, None unknown. All at once, so that a grader can work in parallel.
-Grade = Callable[[Sequence[str], Sequence[Example]], Sequence[float | None]]
+# Texts of outputs, the example of each -> 1 right, 0 wrong, NoScore or None unknown. All at once, so that a grader can work in parallel.
+Grade = Callable[[Sequence[str], Sequence[Example]], Sequence[float | NoScore | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Group:
     """Outputs to one prompt.
 
     Args:
-        example: "messages", the prompt, and what the grader needs: "answer", or the fields of tests.
+        example: "messages", the prompt, with its "tools" if it has some, and what the grader needs: "answer", or the fields of tests.
         outputs: texts.
     """
 
@@ -35,19 +36,21 @@ class Group:
 
 @dataclass(slots=True)
 class BuildReport:
-    """What became of the outputs; grows while they are graded."""
+    """What became of the outputs; grows while they are graded. ``reason``: why the first unknown one is unknown, if the grader says so."""
 
     right: int = 0
     wrong: int = 0
     unknown: int = 0
+    reason: str = ""
     duplicates: int = 0
     groups_without_pairs: int = 0
     pairs: int = 0
 
     def line(self) -> str:
         """Return the report as a line of text."""
+        unknown = f"{self.unknown:,} unknown and left out" + (f" ({self.reason})" if self.reason else "")
         return (
-            f"{self.right:,} outputs right, {self.wrong:,} wrong, {self.unknown:,} unknown and left out, {self.duplicates:,} there before; "
+            f"{self.right:,} outputs right, {self.wrong:,} wrong, {unknown}, {self.duplicates:,} there before; "
             f"{self.pairs:,} pairs; {self.groups_without_pairs:,} groups all right or all wrong"
         )
 
@@ -59,55 +62,17 @@ def groups_of(rollouts: Path) -> list[Group]:
     said; a model that is trained on them learns to write it itself.
 
     Raises:
-        DataError: there is no such file, or it is damaged.
+        DataError: there is no such file, or it is damaged or none of rollouts.
     """
-    lines = (line for line in read_metrics(rollouts) if line["finish_reason"] == "stop")
-    return [
-        Group({**first["example"], "messages": first["prompt"]}, (first["text"], *(line["text"] for line in rest)))
-        for _, (first, *rest) in groupby(lines, key=lambda line: (line["step"], line["group"]))
-    ]
-
-
-def by_tests(
-    example_tests: Callable[[Example], Any] | None = None,
-    grade: Callable[[Sequence[str], Sequence[Any]], Sequence[Any]] | None = None,
-    *,
-    workers: int | None = None,
-) -> Grade:
-    """Return a grader that runs the program of each output against the tests of its example.
-
-    Args:
-        example_tests: example -> tests; None: ``tasks.cases.read_tests`` of its field "tests", or of itself.
-        grade: programs, the tests of each -> verdicts with ``outcome``; None: ``tasks.code.grade_all``, in the sandbox.
-        workers: programs that run at once; None: one a processor.
-    """
-    from dsv2.tasks.cases import read_tests
-    from dsv2.tasks.code import extract_code, grade_all
-
-    at_once = workers or os.cpu_count() or 1
-    run = grade or (lambda programs, tests: grade_all(programs, tests, workers=at_once))
-    tests_of = example_tests or (lambda example: read_tests(example["tests"] if isinstance(example.get("tests"), Mapping) else example))
-
-    def scored(outcome: str) -> float | None:
-        return None if outcome == "infrastructure" else float(outcome == "pass")
-
-    def judge(texts: Sequence[str], examples: Sequence[Example]) -> list[float | None]:
-        programs = {place: program for place, text in enumerate(texts) if (program := extract_code(text)) is not None}
-        verdicts = run(list(programs.values()), [tests_of(examples[place]) for place in programs])
-        found: list[float | None] = [0.0] * len(texts)  # no program is wrong for sure
-        for place, verdict in zip(programs, verdicts, strict=True):
-            found[place] = scored(verdict.outcome)
-        return found
-
-    return judge
-
-
-def by_answer(texts: Sequence[str], examples: Sequence[Example]) -> list[float | None]:
-    """Grade outputs by the ground truth in the field "answer" of their examples; one without a final answer is wrong."""
-    from dsv2.tasks.answers import final_answer, same_answer
-
-    given = [final_answer(text) for text in texts]
-    return [float(said is not None and same_answer(said, str(example["answer"]))) for said, example in zip(given, examples, strict=True)]
+    groups = []
+    for (step, _), answers in groupby(read_metrics(rollouts), key=lambda line: (line["step"], line.get("group"))):
+        first, *rest = answers
+        if "example" not in first:  # it stands with a group's first answer, whether that was cut or not
+            raise DataError(f"{rollouts} is no whole rollouts.jsonl: a group of step {step} begins without the example of its prompt")
+        ended = tuple(answer["text"] for answer in (first, *rest) if answer["finish_reason"] == "stop")
+        if ended:
+            groups.append(Group({**first["example"], "messages": first["prompt"]}, ended))
+    return groups
 
 
 def build(
@@ -129,8 +94,7 @@ def build(
     for number, (group, own) in enumerate(zip(groups, texts, strict=True)):
         place = f"{domain}, group {number}"
         report.duplicates += len(group.outputs) - len(own)
-        judged = list(_judged(group, own, grades))
-        report.unknown += len(own) - len(judged)
+        judged = list(_judged(group, own, grades, report))
         points += [Preference((answer,), score, domain, place) for answer, score in judged]
         right, wrong = (
             _shuffled([answer for answer, score in judged if (score > 0.5) is good], f"{seed} {number} {good}") for good in (True, False)
@@ -143,12 +107,18 @@ def build(
     return pairs, points, report
 
 
-def _judged(group: Group, texts: Sequence[str], grades: Iterator[float | None]) -> Iterator[tuple[Answer, float]]:
-    """Yield the outputs whose outcome is known, as answers; takes as many grades as there are texts."""
+def _judged(
+    group: Group, texts: Sequence[str], grades: Iterator[float | NoScore | None], report: BuildReport
+) -> Iterator[tuple[Answer, float]]:
+    """Yield the outputs whose outcome is known, as answers, and count the others; takes as many grades as there are texts."""
+    prompt, tools = tuple(group.example["messages"]), tuple(group.example.get("tools") or ())
     for text in texts:
         score = next(grades)
-        if score is not None:
-            yield Answer(tuple(group.example["messages"]), ({"role": "assistant", "content": text},)), score
+        if score is None or isinstance(score, NoScore):
+            report.unknown += 1
+            report.reason = report.reason or (score.reason if score else "")
+        else:
+            yield Answer(prompt, ({"role": "assistant", "content": text},), tools), score
 
 
 def _shuffled(answers: list[Answer], seed: str) -> list[Answer]:

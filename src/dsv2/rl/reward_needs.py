@@ -1,11 +1,13 @@
-"""What the rewards of a recipe stand on, looked at before a run starts: reward models by their hashes, what prompts must have."""
+"""What the rewards of a run stand on, looked at before it starts: reward models by their hashes, what prompts and the machine must have."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import DataError
-from dsv2.rl.reward import RewardSection, tests_of
+from dsv2.progress import say
+from dsv2.rl.reward import Part, Rewards
+from dsv2.rl.reward_kinds import RewardSection
 from dsv2.train.start import start_hash
 
 
@@ -19,40 +21,41 @@ def reward_models(sections: Sequence[RewardSection]) -> dict[str, str]:
     return {folder: start_hash(latest_checkpoint(folder)) for folder in folders}
 
 
-def require_wanted(sections: Sequence[RewardSection], examples: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse prompts that lack what a paid reward judges by: their rollouts would never have a score.
+def require_judges(rewards: Rewards, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse prompts whose rollouts nothing would judge, and a machine that cannot judge the others.
+
+    Where rewards are paid that judge by something of a prompt, such as its answer or its tests, each prompt must have what one of them
+    judges by: a format or a length alone says nothing about it. Says of how many prompts such a reward is not asked.
 
     Args:
-        sections: of the recipe.
-        examples: the prompts.
+        rewards: of the run.
+        examples: its prompts.
 
     Raises:
-        DataError: some lack it.
+        DataError: some prompts lack all of it.
+        ConfigError: this machine cannot give a reward that some prompt asks for.
     """
-    for section in sections:
-        check = _WANTED.get(section.name)
-        if check is None or not section.weight:
-            continue
-        lacking = [(example, problem) for example in examples if (problem := check(example))]
-        if lacking:
-            example, problem = lacking[0]
-            raise DataError(
-                f"the reward {section.shown_as!r} cannot judge {len(lacking):,} of {len(examples):,} prompts: {problem}; the first is "
-                f"{str(example.get('messages'))[:80]}",
-                hint="complete or leave out these rows, or set the weight of that reward to 0",
-            )
+    parts = {part.label: part for part in rewards.parts}
+    missing = {part.label: [_lacks(part, parts, example) for example in examples] for part in rewards.parts}
+    judges = [part.label for part in rewards.parts if part.weight and (part.lacks or (part.only_with and parts[part.only_with].lacks))]
+    unjudged = [i for i in range(len(examples)) if judges and all(missing[label][i] for label in judges)]
+    if unjudged:
+        first = unjudged[0]
+        problems = "; ".join(dict.fromkeys(missing[label][first] for label in judges))
+        raise DataError(
+            f"{len(unjudged):,} of {len(examples):,} prompts can be judged by none of the rewards that look at them "
+            f"({', '.join(judges)}): {problems}; the first is {str(examples[first].get('messages'))[:80]}",
+            hint="complete or leave out these rows, or set the weight of those rewards to 0",
+        )
+    for label in judges:
+        if some := [problem for problem in missing[label] if problem]:
+            say(f"reward {label!r}: not asked about {len(some):,} of {len(examples):,} prompts: {some[0]}")
+    for part in rewards.parts:
+        if part.require and not all(missing[part.label]):
+            part.require()
 
 
-def _lacks_answer(example: Mapping[str, Any]) -> str:
-    return "" if example.get("answer") is not None else 'it has no "answer"'
-
-
-def _lacks_tests(example: Mapping[str, Any]) -> str:
-    try:
-        tests_of(example)
-    except DataError as error:
-        return error.message
-    return ""
-
-
-_WANTED = {"answer": _lacks_answer, "steps": _lacks_answer, "code": _lacks_tests}  # what is wrong with a prompt; "" if nothing is
+def _lacks(part: Part, parts: Mapping[str, Part], example: Mapping[str, Any]) -> str:
+    """Return what a prompt lacks to be judged by a reward, or by the one that this is paid with."""
+    both = [part, *([parts[part.only_with]] if part.only_with else [])]
+    return next((problem for one in both if one.lacks and (problem := one.lacks(example))), "")

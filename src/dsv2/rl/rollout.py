@@ -112,7 +112,7 @@ def draw(
         params = [
             SamplingParams(
                 n=len(drafts), max_tokens=max_tokens - len(drafts[0].tokens), seed=_seed(seed, drafts[0].group, drafts[0].index, turn),
-                logprobs=0, stop_token_ids=ends, stop=() if tool is None else tool.stops, include_stop=tool is not None,
+                logprobs=0, stop_token_ids=ends, stop_regex="" if tool is None else tool.call,
             )
             for drafts in asked
         ]  # fmt: skip
@@ -148,7 +148,7 @@ class _Draft:
         if output.finish_reason != "stop" or tool is None or self.tokens[-1] in ends:
             self.finish_reason = output.finish_reason or "length"
             return
-        # the text ended in one of the tool's marks: what the tool says is forced, and no token of it was the policy's choice
+        # the text ends in a call: what the tool says is forced, and no token of it was the policy's choice
         forced = llm.tokenizer.encode(tool.answer(llm.tokenizer.decode(self.tokens)), add_bos=False)
         if len(self.tokens) + len(forced) >= max_tokens:
             self.finish_reason = "length"

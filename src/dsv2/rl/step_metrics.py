@@ -11,7 +11,8 @@ from dsv2.rl.rollout import Rollout
 def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int) -> dict[str, Any]:
     """Return rewards, their spread, lengths and how answers ended; rollouts without a score count in ``unscored`` alone.
 
-    Of those, by reward: ``failed`` counts where it raised or was no number; for the others it could not tell.
+    By reward: ``failed`` of those counts where it raised or was no number, for the others it could not tell; ``not_asked`` where the prompt
+    lacks what it judges by.
     """
     known = [reward for reward in scores.total if reward is not None]
     groups = [[r for r in scores.total[i : i + group_size] if r is not None] for i in range(0, len(rollouts), group_size)]
@@ -33,7 +34,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
         some = [value for value in values if value is not None]
         line |= {
             f"rewards/{name}/mean": _mean(some), f"rewards/{name}/std": statistics.pstdev(some) if some else None,
-            f"rewards/{name}/unscored": len(values) - len(some), f"rewards/{name}/failed": scores.failed.get(name, 0),
+            f"rewards/{name}/unscored": scores.unscored(name), f"rewards/{name}/failed": scores.failed.get(name, 0),
+            f"rewards/{name}/not_asked": scores.not_asked(name),
         }  # fmt: skip
     if scores.steps:
         earned = [[reward for _, reward in steps] for steps in scores.steps if steps is not None]

@@ -2,19 +2,19 @@
 
 import ast
 import operator
-import re
 from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
-_CALL = re.compile(r"<<([0-9+\-*/(). ]{1,64})=$")
+from dsv2.engine.request import at_the_end
+
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 @runtime_checkable
 class Tool(Protocol):
-    """Something that goes on where the policy stopped."""
+    """Something that goes on where the policy called it."""
 
-    stops: tuple[str, ...]  # strings at which it is the tool's turn
+    call: str  # regular expression: it is the tool's turn behind a token at which the answer ends in a match, at most 256 characters
 
     def answer(self, text: str) -> str:
         """Return what to write behind ``text``, the policy's answer so far; empty: nothing, the policy goes on."""
@@ -24,11 +24,11 @@ class Tool(Protocol):
 class Calculator:
     """Writes results: behind ``<<12+34=`` it puts ``46>>``, as in the annotations of GSM8K. Whole numbers, fractions as p/q."""
 
-    stops: tuple[str, ...] = ("=",)
+    call: str = r"<<([0-9+\-*/(). ]{1,64})="
 
     def answer(self, text: str) -> str:
         """Return the result of the call that the text ends in, "?" where it has none; empty where it is no call."""
-        call = _CALL.search(text)
+        call = at_the_end(self.call).search(text)
         if call is None:
             return ""
         try:

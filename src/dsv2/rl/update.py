@@ -23,8 +23,7 @@ from dsv2.rl.rollout import Rollout
 from dsv2.train.losses import BalanceSection, balance_loss
 from dsv2.train.step import TrainingDiverged
 
-# fp32 differs by 1e-6 in the mean whatever the model; of a token that it finds unlikely, both are up to 4e-5 from fp64 (docs/decisions.md).
-SINGLE = 100
+SINGLE = 100  # times the mean allowed, for one token: in fp32 the mean is 1e-6, single tokens are up to 5e-5 apart (docs/decisions.md)
 
 
 class LogProbsDiffer(Dsv2Error):
@@ -73,14 +72,17 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What an update did: the parts of its loss, ``kl`` None without a reference, and the norm of its gradient before clipping."""
+    """What an update did: ``LossParts`` of the whole batch as numbers, and the norm of its gradient before clipping."""
 
     loss: float
     kl: float | None
+    kl_loss: float | None
     entropy: float
     clipped_low: float
     clipped_high: float
     ratio_max: float
+    weight_mean: float | None
+    weight_capped: float | None
     grad_norm: float
 
 
@@ -269,16 +271,21 @@ def update(
     except LogProbsDiffer:
         optimizer.zero_grad(set_to_none=True)
         raise
+    tokens = [float(piece.mask.sum()) for piece in pieces]
     # shares of a micro-batch are of its tokens, or of its outputs where ratios are of those
-    weights = [float((piece.mask.any(dim=1) if objective.ratio == "output" else piece.mask).sum()) for piece in pieces]
+    counted = [float(piece.mask.any(dim=1).sum()) for piece in pieces] if objective.ratio == "output" else tokens
+    weighed = objective.correction != "none"
     result = UpdateResult(
-        sum(part.loss.item() for part in parts),
-        None if reference is None else sum(part.kl.item() for part in parts),
-        entropies / max(1, sum(int(piece.mask.sum()) for piece in pieces)),
-        _mean(parts, weights, "clipped_low"),
-        _mean(parts, weights, "clipped_high"),
-        max(part.ratio_max.item() for part in parts),
-        _step(model, optimizer, lr, clip_norm),
+        loss=sum(part.loss.item() for part in parts),
+        kl=None if reference is None else _mean(parts, tokens, "kl"),
+        kl_loss=None if reference is None else sum(part.kl_loss.item() for part in parts if part.kl_loss is not None),
+        entropy=entropies / max(1.0, sum(tokens)),
+        clipped_low=_mean(parts, counted, "clipped_low"),
+        clipped_high=_mean(parts, counted, "clipped_high"),
+        ratio_max=max(part.ratio_max.item() for part in parts),
+        weight_mean=_mean(parts, counted, "weight_mean") if weighed else None,
+        weight_capped=_mean(parts, counted, "weight_capped") if weighed else None,
+        grad_norm=_step(model, optimizer, lr, clip_norm),
     )
     return result, found
 

@@ -1,6 +1,7 @@
 """The recipe of pre-training as data: every section, and the model's config that it means."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
@@ -39,6 +40,10 @@ class StageRecipe(Section):
     """What a run's folder reads of the recipe of any stage."""
 
     run: PaceSection
+
+    def derived(self) -> Mapping[str, Section]:
+        """Return the sections of which the recipe states a part and derives the rest, by name, as they are used; none in most stages."""
+        return {}
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """A run's folder: what it began with, and whether what is asked now is the same run.
 
-RUN/recipe.toml    the recipe, resolved      RUN/plan.json      threads, torch, device, fingerprint of the data
+RUN/recipe.toml    the recipe, resolved      RUN/plan.json      threads, torch, device, fingerprint of the data, derived sections
 RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 """
 
@@ -83,12 +83,12 @@ def settled_recipe(
             raise ConfigError(f"{out} holds checkpoints but no {RECIPE}: they belong to an unknown run", hint="choose another --out")
         return settled
     began = load_recipe(str(out / RECIPE), type(recipe), folder="pretrain")
+    plan = _read_plan(out / PLAN)
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
-    changed = _differences(began.model_dump(exclude={"samples"}), _same(wanted, began, *MAY_CHANGE).model_dump(exclude={"samples"}))
+    changed = _differences(_choices(began, plan.get("derived")), _choices(_same(wanted, began, *MAY_CHANGE)))
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
-    plan = _read_plan(out / PLAN)
     if plan["data"] != fingerprint:
         raise ConfigError(f"{out} began with other data: {plan['data'][:16]}, now {fingerprint[:16]}", hint="give the --data it began with")
     if start_hash is not None and plan.get("start") != start_hash:
@@ -123,9 +123,30 @@ def begin_run(
     """
     clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     if not (out / RECIPE).exists():
-        plan = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
-        atomic_write_json(out / PLAN, plan | ({"start": start_hash} if start_hash else {}) | ({"judges": dict(judges)} if judges else {}))
-        atomic_write(out / RECIPE, dump_toml(recipe))
+        plan: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
+        plan |= {"start": start_hash} if start_hash else {}
+        plan |= {"judges": dict(judges)} if judges else {}
+        plan |= {"derived": derived} if (derived := _derived(recipe)) else {}
+        atomic_write_json(out / PLAN, plan)
+        atomic_write(out / RECIPE, _as_text(recipe))
+
+
+def _as_text(recipe: StageRecipe) -> str:
+    """Return a recipe as TOML, and below it, as comments, what its choices come to: stated there, it would no longer follow them."""
+    texts = [dump_toml(recipe)]
+    for name, section in recipe.derived().items():
+        lines = dump_toml(section).splitlines()
+        texts.append("".join(f"# {line}\n" for line in (f"[{name}] as it is used, what is stated above and what is not:", *lines)))
+    return "\n".join(texts)
+
+
+def _derived(recipe: StageRecipe) -> dict[str, Any]:
+    return {name: section.model_dump(mode="json", exclude_none=True) for name, section in recipe.derived().items()}
+
+
+def _choices(recipe: StageRecipe, derived: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what decides about a run's weights; ``derived`` as the run wrote it, None: as it would be derived now."""
+    return recipe.model_dump(exclude={"samples"}) | (_derived(recipe) if derived is None else derived)
 
 
 def _same(recipe: R, other: R, *names: str) -> R:

@@ -1,0 +1,92 @@
+"""Right or wrong, as far as it can be found out: answers by their ground truth, programs by their tests in the sandbox.
+
+Rewards and preference data judge with the same functions. What cannot be found out is no outcome: NoScore, never 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsv2.errors import DataError
+from dsv2.rl.reward import NoScore
+from dsv2.tasks.verdict import Limits
+
+if TYPE_CHECKING:
+    from dsv2.tasks.cases import Tests
+
+Example = Mapping[str, Any]
+Outcomes = list[float | NoScore]  # 1 right, 0 wrong
+
+PROGRAM_LIMITS = Limits(scratch_bytes=0)  # what tests ask of a program needs no files
+
+
+def by_answer(texts: Sequence[str], examples: Sequence[Example], *, exact: bool = False) -> Outcomes:
+    """Judge answers by the "answer" of their examples; one without a final answer is wrong.
+
+    Args:
+        texts: answers.
+        examples: one for each.
+        exact: the last number, digit by digit, instead of what means the same.
+    """
+    from dsv2.tasks.answers import final_answer, same_answer
+    from dsv2.tasks.arithmetic import final_number
+
+    def right(text: str, example: Example) -> float | NoScore:
+        if missing := lacks_answer(example):
+            return NoScore(missing)
+        truth = str(example["answer"])
+        if exact:
+            return float(final_number(text) == truth)
+        given = final_answer(text)
+        return float(given is not None and same_answer(given, truth))
+
+    return [right(text, example) for text, example in zip(texts, examples, strict=True)]
+
+
+def by_tests(texts: Sequence[str], examples: Sequence[Example], *, limits: Limits = PROGRAM_LIMITS) -> Outcomes:
+    """Judge the programs in answers by the tests of their examples, several at once; an answer without one is wrong.
+
+    Args:
+        texts: answers.
+        examples: one for each, with tests as ``tests_of`` reads them.
+        limits: what a program may take for all of its tests together.
+    """
+    from dsv2.tasks.code import extract_code, grade_all
+
+    found: Outcomes = []
+    written: dict[int, tuple[str, Tests]] = {}
+    for place, (text, example) in enumerate(zip(texts, examples, strict=True)):
+        missing = lacks_tests(example)
+        found.append(NoScore(missing) if missing else 0.0)
+        program = None if missing else extract_code(text)
+        if program is not None:
+            written[place] = program, tests_of(example)
+    verdicts = grade_all([program for program, _ in written.values()], [tests for _, tests in written.values()], limits)
+    for place, verdict in zip(written, verdicts, strict=True):
+        found[place] = NoScore(verdict.detail) if verdict.score is None else verdict.score
+    return found
+
+
+def tests_of(example: Example) -> "Tests":
+    """Return the tests of an example: those of its "tests", or its own fields, in a form of ``cases.read_tests``.
+
+    Raises:
+        DataError: it has none, or they are malformed.
+    """
+    from dsv2.tasks.cases import read_tests
+
+    tests = example.get("tests")
+    return read_tests(tests if isinstance(tests, Mapping) else example)
+
+
+def lacks_answer(example: Example) -> str:
+    """Return what keeps an example from being judged by its answer; "" if nothing does."""
+    return "" if example.get("answer") is not None else 'it has no "answer"'
+
+
+def lacks_tests(example: Example) -> str:
+    """Return what keeps an example from being judged by its tests; "" if nothing does."""
+    try:
+        tests_of(example)
+    except DataError as error:
+        return error.message
+    return ""
