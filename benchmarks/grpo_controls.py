@@ -25,7 +25,8 @@ GRPO = {
 }
 ONE_CHECKPOINT = "run.checkpoint_every=100000"
 SHORT = ["run.epochs=1", "run.seq_len=128", "run.precision=fp32", "data.validation_share=0"]
-RATE = ["learning_rate.peak=3e-4", "learning_rate.warmup_steps=5", "learning_rate.decay=cosine"]
+RATE = 3e-4  # GRPO's peak; DPO is shown at rates of its own too
+DPO_RATES = (3e-4, 3e-5, 1e-5, 3e-6)
 
 
 def grpo(start: Path, out: Path, seed: int, steps: int, overrides: list[str]) -> Path:
@@ -61,7 +62,7 @@ def own_right_answers(start: Path, out: Path, seed: int, steps: int) -> Path:
     return sft(start, out, seed, rows)
 
 
-def pairs_offline(start: Path, out: Path, seed: int, steps: int) -> Path:
+def pairs_offline(start: Path, out: Path, seed: int, steps: int, rate: float) -> Path:
     """DPO on pairs of a right and a wrong answer to one prompt, out of as many answers as GRPO draws."""
     groups: dict[int, tuple[dict, list[str], list[str]]] = {}
     for rollout, right in own_answers(start, seed, steps):
@@ -74,7 +75,7 @@ def pairs_offline(start: Path, out: Path, seed: int, steps: int) -> Path:
     ]
     out.mkdir(parents=True)
     (out / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    tuned("dpo", start, out, seed, [out / "pairs.jsonl"], ["batch.sequences=32", "batch.micro_sequences=32"])
+    tuned("dpo", start, out, seed, [out / "pairs.jsonl"], ["batch.sequences=32", "batch.micro_sequences=32"], rate=rate)
     return out / "run"
 
 
@@ -98,12 +99,13 @@ def sft(start: Path, out: Path, seed: int, rows: list[dict]) -> Path:
     return out / "run"
 
 
-def tuned(verb: str, start: Path, out: Path, seed: int, data: list[Path], more: list[str]) -> None:
-    """Run ``dsv2 sft`` or ``dsv2 dpo`` at GRPO's learning rate."""
+def tuned(verb: str, start: Path, out: Path, seed: int, data: list[Path], more: list[str], *, rate: float = RATE) -> None:
+    """Run ``dsv2 sft`` or ``dsv2 dpo`` with GRPO's warmup and decay."""
     from dsv2 import samples
     from dsv2.rl import dpo
 
-    given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", ONE_CHECKPOINT, *SHORT, *RATE, *more]
+    schedule = [f"learning_rate.peak={rate}", "learning_rate.warmup_steps=5", "learning_rate.decay=cosine"]
+    given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", ONE_CHECKPOINT, *SHORT, *schedule, *more]
     (samples.sft if verb == "sft" else dpo.run)("default", given, data=data, out=out / "run")
 
 
@@ -113,7 +115,8 @@ def arms(steps: int) -> dict[str, Callable[[Path, Path, int], Path]]:
     }
     found["more demonstrations"] = lambda start, out, seed: more_demonstrations(start, out, seed, steps)
     found["own right answers (rejection sampling)"] = lambda start, out, seed: own_right_answers(start, out, seed, steps)
-    found["DPO on own pairs"] = lambda start, out, seed: pairs_offline(start, out, seed, steps)
+    for rate in DPO_RATES:
+        found[f"DPO on own pairs, rate {rate:g}"] = lambda start, out, seed, rate=rate: pairs_offline(start, out, seed, steps, rate)
     return found
 
 

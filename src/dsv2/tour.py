@@ -1,11 +1,13 @@
-"""The whole river on the text that ships with dsv2: text to tokenizer to shards to a model to samples to a report.
+"""The whole river on the text that ships with dsv2: text to tokenizer to shards to a model to a chat to a report.
 
     DIR/tour.json        the plan (size, seed, threads) and what each finished leg reported
-    DIR/data/            tokenizer/, train/, validation/
+    DIR/data/            sums/ (made up), tokenizer/, train/, validation/, lessons.jsonl
     DIR/pretrain/        the run: recipe.toml, metrics.jsonl, step-N/
     DIR/validation.json  bits per byte of the model and of an interpolated bigram
     DIR/samples.json     what the model writes
-    DIR/report.html      all of it to look at
+    DIR/sft/, DIR/grpo/  the runs of fine-tuning and of GRPO (tour_chat.py)
+    DIR/chat.json        what the model answers, before, between and after them
+    DIR/report.html      all of it to look at; DIR/rollouts.html: the answers that GRPO drew, to browse
 
 A leg is one entry in ``LEGS``. It writes whole files or resumes by itself, so a tour that was killed anywhere goes on where it
 stopped and ends with the same weights.
@@ -21,16 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 
 from dsv2.assets import corpus_path
 from dsv2.checkpoint.huggingface import load_model
-from dsv2.checkpoint.steps import latest_checkpoint
+from dsv2.checkpoint.steps import TOUR, latest_checkpoint
 from dsv2.config import load_recipe
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare
-from dsv2.data.shards import TokenShards
 from dsv2.engine.request import SamplingParams
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.files import atomic_write_json
@@ -39,10 +38,15 @@ from dsv2.progress import console, read_metrics, table
 from dsv2.report import Leg as ReportLeg
 from dsv2.report import Sample as ReportSample
 from dsv2.report import write_tour_report
+from dsv2.report.alignment import alignment_sections
+from dsv2.report.rollouts import write_rollouts
 from dsv2.samples import write
+from dsv2.tasks.arithmetic import Split, exercises
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.tokenizer.train import train_tokenizer
-from dsv2.train.bigram import InterpolatedBigram, bits_per_byte
+from dsv2.tour_chat import QUESTIONS, Lessons, converse, gains, run_grpo, run_sft, write_lessons, write_rows
+from dsv2.tour_state import begin, read_state
+from dsv2.train.bigram import bigram_bits_per_byte
 from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.precision import make_deterministic
@@ -52,14 +56,14 @@ from dsv2.train.validation import validate
 
 Figures = dict[str, str]  # what a leg reports, for people
 
-VERSION, STATE = 1, "tour.json"
-SPLITS = ("train", "validation")
+SPLITS: dict[str, Split] = {"train": "train", "validation": "test"}  # of the corpus, and of the sums that go with it
 PROMPTS = (
     ("en", "It was a fine"),
     ("en", "\u201cI am sure,\u201d said"),
     ("zh", "\u5b9d\u7389"),
     ("code", "def __init__(self"),
     ("math", "\\begin{defn}"),
+    ("sums", QUESTIONS[0]),
 )
 ENGLISH_SAMPLES, SAMPLE_TOKENS, TEMPERATURE, TOP_P = 8, 96, 0.7, 0.95
 _WORD = re.compile(r"[A-Za-z]+")
@@ -73,17 +77,31 @@ class Size:
         recipe: of pre-training, a shipped name.
         vocab_size: of the tokenizer.
         summary: for people.
+        exercises: texts of sums in pre-training, by split.
+        lessons: of fine-tuning.
+        chat: recipe of fine-tuning and of GRPO, a shipped name.
     """
 
     recipe: str
     vocab_size: int
     summary: str
+    exercises: dict[str, int]
+    lessons: Lessons
+    chat: str = "tour"
 
 
+_EXERCISES, _LESSONS = {"train": 6000, "validation": 40}, Lessons(sums=7000, instructions=3500)
 SIZES = {
-    "smoke": Size("tour-smoke", 1024, "a few steps of a minute model: does everything work?"),
-    "standard": Size("tour", 4096, "a model that writes English words, in under five minutes on two cores"),
-    "long": Size("tour-long", 4096, "the same model trained four times as long"),
+    "smoke": Size(
+        "tour-smoke",
+        1024,
+        "a few steps of a minute model: does everything work?",
+        {"train": 20, "validation": 4},
+        Lessons(sums=60, instructions=30),
+        "tour-smoke",
+    ),
+    "standard": Size("tour", 4096, "a model that writes English words and answers sums, in ten minutes on two cores", _EXERCISES, _LESSONS),
+    "long": Size("tour-long", 4096, "the same model pre-trained four times as long", _EXERCISES, _LESSONS),
 }
 
 
@@ -100,10 +118,19 @@ class Tour:
         """Folder of tokenizer and shards."""
         return self.out / "data"
 
+    def texts(self, split: str) -> list[Path]:
+        """Return the files and folders of a split's text: the corpus that ships with dsv2, and sums."""
+        return [corpus_path(split), self.data / "sums" / f"{split}.jsonl"]
+
     @property
     def run(self) -> Path:
         """Folder of the pre-training run."""
         return self.out / "pretrain"
+
+    @property
+    def chat_runs(self) -> tuple[Path, Path, Path]:
+        """Folders of the runs that make a chat: pre-training, fine-tuning, GRPO."""
+        return self.run, self.out / "sft", self.out / "grpo"
 
     def recipe(self) -> PretrainRecipe:
         """Return the recipe of pre-training with the tour's seed."""
@@ -124,10 +151,12 @@ class Leg:
 
 
 def text_leg(tour: Tour) -> Figures:
-    """Count the corpus."""
-    del tour
+    """Make sums up, and count what there is to read."""
+    for split, numbers in SPLITS.items():
+        rows = ({"text": text, "domain": "sums"} for text in exercises(tour.size.exercises[split], tour.seed, numbers))
+        write_rows(tour.texts(split)[1], rows)
     counts: dict[str, list[int]] = {}
-    for document in read_documents([corpus_path("train")]):
+    for document in read_documents(tour.texts("train")):
         entry = counts.setdefault(document.domain, [0, 0])
         entry[0] += 1
         entry[1] += len(document.text.encode())
@@ -136,7 +165,7 @@ def text_leg(tour: Tour) -> Figures:
 
 def tokenizer_leg(tour: Tour) -> Figures:
     """Train the byte-level BPE."""
-    tokenizer = train_tokenizer((document.text for document in read_documents([corpus_path("train")])), vocab_size=tour.size.vocab_size)
+    tokenizer = train_tokenizer((document.text for document in read_documents(tour.texts("train"))), vocab_size=tour.size.vocab_size)
     tokenizer.save(tour.data / "tokenizer")
     return {"vocabulary": f"{tokenizer.num_tokens:,} tokens, padded to {tokenizer.vocab_size:,}"}
 
@@ -145,7 +174,7 @@ def shards_leg(tour: Tour) -> Figures:
     """Encode both splits."""
     figures = {}
     for split in SPLITS:
-        report = prepare(read_documents([corpus_path(split)]), tour.tokenizer(), tour.data / split)
+        report = prepare(read_documents(tour.texts(split)), tour.tokenizer(), tour.data / split)
         tokens = sum(domain.num_tokens for domain in report.domains)
         figures[split] = f"{tokens:,} tokens, {sum(domain.num_bytes for domain in report.domains) / tokens:.2f} bytes per token"
     return figures
@@ -183,15 +212,6 @@ def validation_leg(tour: Tour) -> Figures:
     return {domain: f"{result['model'][domain]:.3f} bits per byte (bigram {bigram[domain]:.3f})" for domain in losses}
 
 
-def bigram_bits_per_byte(train: TokenShards, held_out: TokenShards, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return what a bigram that saw the same tokens reaches, by domain: the bar that a model has to clear."""
-    bigram = InterpolatedBigram.fit(np.concatenate(list(train.tokens())), tokenizer.vocab_size, bos_id=tokenizer.bos_id)
-    return {
-        domain: bits_per_byte(bigram.nll(np.concatenate(list(held_out.tokens(domain)))), held_out.num_bytes(domain))
-        for domain in held_out.domains
-    }
-
-
 def samples_leg(tour: Tour) -> Figures:
     """Let the model write, and look its English words up in the corpus."""
     model, tokenizer = load_model(latest_checkpoint(tour.run)), tour.tokenizer()
@@ -219,32 +239,65 @@ def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in words) / max(1, len(words))
 
 
+def sft_leg(tour: Tour) -> Figures:
+    """Fine-tune the model, or go on with it."""
+    start, out, _ = tour.chat_runs
+    lessons = tour.data / "lessons.jsonl"
+    write_lessons(lessons, tour.size.lessons, tour.seed)
+    return run_sft(start, lessons, out, recipe=tour.size.chat, seed=tour.seed)
+
+
+def grpo_leg(tour: Tour) -> Figures:
+    """Let rewards improve it, or go on with that."""
+    _, start, out = tour.chat_runs
+    return run_grpo(start, out, recipe=tour.size.chat, seed=tour.seed)
+
+
+def chat_leg(tour: Tour) -> Figures:
+    """Ask the three models the same."""
+    told = converse(tour.chat_runs)
+    atomic_write_json(tour.out / "chat.json", told)
+    known = {"instruction set, word for word": " -> ".join(f"{share:.1%}" for share in told["known"])}
+    return {question: said[-1] for question, said in zip(QUESTIONS, told["answers"], strict=True)} | known
+
+
 def report_leg(tour: Tour) -> Figures:
     """Write report.html."""
-    state = _read_state(tour.out)
+    state = read_state(tour.out)
     legs = [ReportLeg(name, leg["seconds"], "; ".join(leg["figures"].values())) for name, leg in state["legs"].items()]
     validation = json.loads((tour.out / "validation.json").read_text())
     written = json.loads((tour.out / "samples.json").read_text())
+    asked = json.loads((tour.out / "chat.json").read_text())
+    grpo_run = tour.chat_runs[2]
+    rates = gains(grpo_run)
+    write_rollouts(grpo_run, tour.out / "rollouts.html")
     write_tour_report(
         tour.out / "report.html",
         run_folder=tour.run,
-        summary=[("known English words", f"{written['known_words']:.1%}")],
+        summary=[
+            ("known English words", f"{written['known_words']:.1%}"),
+            *((name, f"{before} \u2192 {after}") for name, before, after in rates),
+        ],
         plan=_plan_rows(tour, state["threads"]),
         legs=legs,
         baselines={"bigram": validation["bigram"]},
         samples=[ReportSample(sample["domain"], sample["prompt"], sample["text"]) for sample in written["samples"][: len(PROMPTS)]],
         next_commands=next_commands(tour.out),
+        alignment=alignment_sections(grpo_run, rates, asked["questions"], asked["answers"], asked["known"]),
     )
-    return {"page": str(tour.out / "report.html")}
+    return {"page": str(tour.out / "report.html"), "every answer that GRPO drew": str(tour.out / "rollouts.html")}
 
 
 LEGS = (
-    Leg("text", "count the corpus that ships with dsv2", text_leg),
+    Leg("text", "count the corpus that ships with dsv2, add made-up sums", text_leg),
     Leg("tokenizer", "train a byte-level BPE on it", tokenizer_leg),
     Leg("shards", "encode it into token shards", shards_leg),
     Leg("pretrain", "train a small DeepSeek-V2", pretrain_leg),
     Leg("validation", "score held-out text, beside a bigram", validation_leg),
     Leg("samples", "let the model write", samples_leg),
+    Leg("sft", "teach it to answer: sums, of which some are wrong, and questions", sft_leg),
+    Leg("grpo", "pay for right sums", grpo_leg),
+    Leg("chat", "ask it before, between and after", chat_leg),
     Leg("report", "put it all on one page", report_leg),
 )
 
@@ -267,7 +320,7 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
     out = Path(out)
     tour = Tour(out, SIZES[size], seed)
     tour.recipe()  # a wrong seed is refused before anything is written or deleted
-    state = _begin(out, size, seed, threads, fresh)
+    state = begin(out, size, seed, threads, fresh)
     make_deterministic(state["threads"])
     table(f"tour {size}: {tour.size.summary}", ("what", "value"), _plan_rows(tour, state["threads"]))
     for number, leg in enumerate(LEGS, start=1):
@@ -279,7 +332,7 @@ def run(out: Path, size: str = "standard", seed: int = 0, threads: int | None = 
         began = time.perf_counter()
         figures = leg.run(tour)
         state["legs"][leg.name] = {"seconds": round(time.perf_counter() - began, 2), "figures": figures}
-        atomic_write_json(out / STATE, state)
+        atomic_write_json(out / TOUR, state)
         for name, value in figures.items():
             console().print(f"  {name}: {value}", markup=False, soft_wrap=True)
         console().print(f"  {state['legs'][leg.name]['seconds']:.1f} s", markup=False)
@@ -295,8 +348,9 @@ def next_commands(out: Path) -> list[tuple[str, str]]:
     called = Path(sys.argv[0])
     dsv2 = str(called) if called.name == "dsv2" and shutil.which("dsv2") is None else "dsv2"
     return [
-        (f"{dsv2} generate {out} --prompt 'It was a fine'", "let the model go on"),
-        (f"{dsv2} chat {out}", "talk to it (it has only been pre-trained: it goes on rather than answers)"),
+        (f"{dsv2} chat {out} --temperature 0", "talk to it: sums and differences of three digits, and small talk"),
+        (f"{dsv2} generate {out / 'pretrain'} --prompt 'It was a fine'", "let the pre-trained model go on"),
+        (f"{dsv2} grpo tour model.start={out} --out {out}-more", "let rewards improve it further"),
         (f"{dsv2} info {out}", "count its parameters and its cache"),
         (f"{dsv2} tour --size long --out {out}-long", "train it four times as long"),
         (f"{dsv2} pretrain nano --data {out / 'data'} --out runs/nano", "train another shape on the same shards"),
@@ -309,53 +363,8 @@ def _plan_rows(tour: Tour, threads: int) -> list[tuple[str, str]]:
         ("legs", " -> ".join(leg.name for leg in LEGS)),
         ("tokenizer", f"byte-level BPE, vocabulary {tour.size.vocab_size:,}"),
         ("pre-training", f"recipe {tour.size.recipe}: {recipe.run.tokens:,} tokens in rows of {recipe.run.seq_len}"),
+        ("sums in it", f"{tour.size.exercises['train']:,} texts of five, worked and right"),
+        ("fine-tuning", f"{tour.size.lessons.sums:,} sums, 45 % of them wrong, {tour.size.lessons.instructions:,} other conversations"),
         ("seed, threads", f"{tour.seed}, {threads}"),
         ("folder", str(tour.out)),
     ]
-
-
-def _begin(out: Path, size: str, seed: int, threads: int | None, fresh: bool) -> dict[str, Any]:
-    """Return the state of the tour in ``out``; save the plan if it begins now.
-
-    Raises:
-        ConfigError: ``out`` is no place for this tour; nothing in it has been touched.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; a tour needs a folder", hint="choose another --out")
-    begun: dict[str, Any] = {"version": VERSION, "size": size, "seed": seed, "threads": threads or torch.get_num_threads(), "legs": {}}
-    if not (out / STATE).exists():
-        if out.exists() and any(not path.name.startswith(f".{STATE}.") for path in out.iterdir()):
-            raise ConfigError(f"{out} holds other things and no tour", hint="choose a new or empty folder with --out")
-        atomic_write_json(out / STATE, begun)
-        return begun
-    state = _read_state(out)
-    if fresh or state.get("clearing"):
-        # marked first: killed in between, the next start goes on deleting instead of resuming what is left
-        atomic_write_json(out / STATE, begun | {"clearing": True})
-        _remove(out)
-        atomic_write_json(out / STATE, begun)
-        return begun
-    wanted = {"version": VERSION, "size": size, "seed": seed, "threads": threads or state["threads"]}
-    changed = [f"{name} = {state.get(name)!r}, not {value!r}" for name, value in wanted.items() if state.get(name) != value]
-    if changed:
-        raise ConfigError(f"{out} holds a tour with {'; '.join(changed)}", hint="choose another --out, or begin again with --no-resume")
-    return state
-
-
-def _read_state(out: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((out / STATE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{out / STATE} is damaged: {error}", hint="choose another --out") from error
-    if not isinstance(state, dict) or not {"version", "size", "seed", "threads", "legs"} <= state.keys():
-        raise ConfigError(f"{out / STATE} is not the state of a tour", hint="choose another --out")
-    return state
-
-
-def _remove(out: Path) -> None:
-    """Delete what a tour writes beside its state, and nothing else."""
-    for name in ("validation.json", "samples.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("data", "pretrain"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)

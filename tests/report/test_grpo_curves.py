@@ -7,6 +7,8 @@ import pytest
 
 from dsv2.errors import DataError
 from dsv2.report import run
+from dsv2.report.alignment import alignment_sections
+from dsv2.report.page import TableSection, write_report
 from dsv2.report.record import load_record
 from dsv2.report.reinforcement import _held_out_keys
 
@@ -61,3 +63,14 @@ def test_runs_of_another_kind_are_refused_beside_them(tmp_path: Path) -> None:
     (tmp_path / "base" / "metrics.jsonl").write_text(json.dumps({"step": 1, "kind": "train", "loss": 2.0, "tokens": 10}) + "\n")
     with pytest.raises(DataError, match="no curve in common with others: base"):
         run([write_run(tmp_path / "a"), tmp_path / "base"], tmp_path / "out.html")
+
+
+def test_a_tour_s_page_says_how_much_is_right_before_and_after(tmp_path: Path) -> None:
+    gains = [("answer, pass@1", "50.0%", "87.5%")]
+    answers = [("18 and", "5+8=13: 12", "5+8=13: 13")]
+    sections = alignment_sections(write_run(tmp_path / "a"), gains, ["What is 5 + 8?"], answers, [0.0, 0.9, 0.8])
+    tables = {section.title: section for section in sections if isinstance(section, TableSection)}
+    assert tables["What it answers"].rows == (("What is 5 + 8?", "18 and", "5+8=13: 12", "5+8=13: 13"),)
+    assert tables["How much is right"].rows == (("answer, pass@1", "", "50.0%", "87.5%"), ("instruction set", "0.0%", "90.0%", "80.0%"))
+    write_report(tmp_path / "out.html", title="", subtitle="", summary=[], sections=sections)
+    assert "0.6 \u2192 1" in (tmp_path / "out.html").read_text()

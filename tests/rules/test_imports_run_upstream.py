@@ -24,7 +24,7 @@ RIVER = [
     {"rl"},
     {"server"},
     {"evaluation"},
-    {"reproduce", "report", "info", "plan", "samples", "tour", "doctor"},
+    {"reproduce", "report", "info", "plan", "samples", "tour", "tour_chat", "tour_state", "doctor"},
     {"verbs"},
     {"cli"},  # reaches the stages through strings
     {"__main__", "__init__"},

@@ -1,16 +1,18 @@
 """Sums: right answers, splits that share no pair of numbers, demonstrations of which exactly the given share is wrong."""
 
 import random
+import re
 
 import pytest
 
 from dsv2.errors import ConfigError
-from dsv2.tasks.arithmetic import Problem, demonstrations, is_correct, near_miss, problems, split_of, working
+from dsv2.tasks.arithmetic import Problem, demonstrations, exercises, holds, is_correct, near_miss, problems, split_of, working
 
 
 def test_answers_are_right_and_problems_repeat_with_their_seed():
     made = list(problems(600, seed=1))
     assert made == list(problems(600, seed=1)) != list(problems(600, seed=2))
+    assert made != list(problems(600, seed=1, stream="demonstrations"))
     for problem in made:
         assert problem.answer == str(problem.first + problem.second if problem.sign == "+" else problem.first - problem.second)
         assert problem.question.index(str(problem.first)) <= problem.question.rindex(str(problem.second))
@@ -31,7 +33,8 @@ def test_no_pair_of_numbers_is_in_both_splits():
 def test_exactly_the_given_share_of_demonstrations_is_wrong():
     for wrong in (0.0, 0.45, 1.0):
         made = list(demonstrations(400, seed=5, wrong=wrong))
-        right = [is_correct(message["content"], p) for (_, message), p in zip(made, problems(400, seed=5), strict=True)]
+        asked = problems(400, seed=5, stream="demonstrations")
+        right = [is_correct(message["content"], problem) for (_, message), problem in zip(made, asked, strict=True)]
         assert right.count(False) == round(400 * wrong)
     question, answer = made[0]
     assert question["role"] == "user" and answer["role"] == "assistant"
@@ -47,6 +50,16 @@ def test_the_working_is_right_even_where_the_answer_is_not():
         assert "".join(right[-1] for _, right in reversed(steps)).lstrip("0") in (problem.answer, problem.answer[1:].lstrip("0"))
     (_, plain), (_, worked) = (next(demonstrations(1, seed=0, wrong=1.0, worked=worked)) for worked in (False, True))
     assert worked["content"].endswith(f": {plain['content']}")
+
+
+def test_exercises_are_all_right_and_keep_to_their_split():
+    texts = list(exercises(40, seed=2, split="test"))
+    assert texts == list(exercises(40, seed=2, split="test")) and {text.count("\n") for text in texts} == {4}
+    for line in "\n".join(texts).splitlines():
+        asked, worked, answer = line.split(": ")
+        first, second = map(int, re.findall("[0-9]+", asked))
+        assert split_of(first, second) == "test" and int(answer) == eval(asked)
+        assert all(holds(step) for step in worked.split(", "))
 
 
 def test_a_near_miss_is_wrong_by_one_digit_or_one_carry():

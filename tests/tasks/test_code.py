@@ -17,6 +17,7 @@ from dsv2.tasks.cases import Asserts, Calls, Check, Examination, Stdio, plan, re
 from dsv2.tasks.code import extract_code, grade, grade_all
 from dsv2.tasks.inside.wire import Encoder, decode
 from dsv2.tasks.observed import equals
+from dsv2.tasks.sandbox import run
 from dsv2.tasks.verdict import Limits
 
 DATA = Path(os.environ.get("DSV2_DATA", "data"))
@@ -168,6 +169,15 @@ def test_partial_marks_and_reasons():
     assert (verdict.outcome, verdict.passed, verdict.total, verdict.detail) == ("fail", 2, 3, "test 3: KeyError: 3")
     assert grade("f = lambda x: x if x < 2 else bytearray(1 << 40)", tests).outcome == "memory"
     assert "SyntaxError" in grade("def f(:", tests).detail
+
+
+@linux
+def test_programs_inherit_nothing_of_the_code_that_runs_them():
+    """Such as the evaluation of annotations, whose missing names would be no mistake then."""
+    program = "def f(x: int): return isinstance(f.__annotations__['x'], type)"
+    assert grade(program, Asserts(("assert f(1) == True",))).outcome == "pass"
+    assert grade(program, Asserts(("assert not not f(1)",))).outcome == "pass"
+    assert run(f"{program}\nprint(f(1))").stdout == "True\n"
 
 
 @linux

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from dsv2.errors import ConfigError
-from dsv2.tasks import sandbox
-from dsv2.tasks.inside.syscalls import seccomp_filter
+from dsv2.tasks import process, sandbox
+from dsv2.tasks.inside import confine
 from dsv2.tasks.process import Confined
 from dsv2.tasks.sandbox import LEVELS, Limits, Verdict, run, strongest_level
+from dsv2.tasks.syscalls import seccomp_filter
 from dsv2.tasks.verdict import MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
@@ -107,6 +109,43 @@ def test_without_a_part_of_the_confinement_nothing_runs_unless_asked_for(part):
     assert done.stdout == f"['infrastructure', None, '', '', 'pass', '{level}', '1\\n'] confined only by '{level}'\n", done.stderr
 
 
+def namespaces_can_be_made() -> bool:
+    command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    return bool(shutil.which("bwrap")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not namespaces_can_be_made(), reason="bubblewrap is not here, or may not make namespaces")
+def test_inside_bubblewrap_a_program_sees_neither_files_nor_processes_and_writes_to_its_folder(tmp_path):
+    verdict = run(f"import os\nopen('x', 'w').write('kept')\nprint(open('x').read(), os.path.exists({str(tmp_path)!r}), os.getpid() < 9)")
+    assert (verdict.outcome, verdict.stdout, verdict.level) == ("pass", "kept False True\n", LEVELS[-1])
+
+
+@pytest.mark.parametrize("call", ["setgroups", "setresgid", "setresuid", "chown"])
+def test_root_that_cannot_become_another_user_keeps_its_folder_and_loses_its_powers(monkeypatch, call):
+    """As in bubblewrap, whose namespace has no other user."""
+    done = []
+
+    class Kernel:
+        def prctl(self, *_):
+            return 0
+
+        def syscall(self, *_):
+            done.append("capset")
+            return 0
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("setgroups", "setresgid", "setresuid", "chown"):
+        monkeypatch.setattr(os, name, refuse if name == call else lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(confine, "_ancestors", lambda _: [])  # the interpreter is anybody's to read
+    monkeypatch.setattr(confine, "libc", Kernel())
+    confine.give_up_privileges("/scratch")
+    assert done[-1] == "capset"
+    assert "chown" not in done
+
+
 @pytest.mark.skipif(strongest_level() == LEVELS[-1], reason="bubblewrap is here")
 def test_without_bubblewrap_its_level_is_refused():
     verdict = run("print(1)", level=LEVELS[-1])
@@ -137,7 +176,7 @@ def test_no_huge_pages_which_the_limit_of_memory_would_not_count():
     while thread.is_alive():
         for pid in set(children()) - before:
             with contextlib.suppress(OSError):  # it has ended
-                status = Path(f"/proc/{pid}/status").read_text()
+                status = Path(f"/proc/{process._innermost(pid)}/status").read_text()
                 enabled |= {line for line in status.splitlines() if line.startswith("THP_enabled")}
         time.sleep(0.01)
     assert verdicts[0].outcome == "pass"
@@ -161,17 +200,39 @@ def test_a_process_killed_from_outside_is_no_failure_of_the_program():
 def test_a_program_that_got_no_processor_is_not_judged(monkeypatch):
     limits = Limits(wall_s=0.2)
     assert run("import time; time.sleep(9)", limits=limits).outcome == "timeout"
-    monkeypatch.setattr(Confined, "_waited_for_a_processor", lambda _: 0.15)
+    monkeypatch.setattr(Confined, "_read_schedstat", lambda self: setattr(self, "waited_s", 0.15))
     assert run("import time; time.sleep(9)", limits=limits).outcome == "infrastructure"
 
 
-def test_what_waits_for_a_processor_is_the_program_and_not_its_wrapper(monkeypatch):
-    monkeypatch.setattr(sandbox, "_bubblewrap_works", lambda: True)
-    monkeypatch.setattr(sandbox, "bubblewrap", lambda _: ("", ["/bin/sh", "-c", '/bin/sh -c \'"$@"; exit $?\' sh "$@"; exit $?', "sh"]))
-    read, seen = Path.read_text, []
-    monkeypatch.setattr(Path, "read_text", lambda path: (seen.append(str(path)), read(path))[1])
-    assert run("import time\ntime.sleep(9)", limits=Limits(wall_s=0.3)).outcome == "timeout"
-    assert [path.endswith("schedstat") for path in seen] == [False, False, False, True]
+@pytest.fixture
+def wrapped(monkeypatch):
+    """Programs run below two processes of a wrapper that reports signals as bubblewrap does."""
+    command = ["/bin/sh", "-c", '/bin/sh -c \'"$@"; exit $?\' sh "$@"; exit $?', "sh"]
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda _: command)
+
+
+def test_the_scheduler_is_asked_about_the_program_and_not_its_wrapper(wrapped, monkeypatch):
+    innermost, seen = process._innermost, []
+    monkeypatch.setattr(process, "_innermost", lambda pid: (seen.append(innermost(pid)), seen[-1])[1])
+    assert run("import os\nprint(os.getpid())").stdout == f"{seen[0]}\n"
+
+
+def test_a_wrapped_program_that_is_killed_while_it_sleeps_is_not_judged(wrapped):
+    """By then more than its processor time has passed on the clock, which says nothing."""
+    before, verdicts = set(children()), []
+    thread = threading.Thread(target=lambda: verdicts.append(run("import time\ntime.sleep(9)", limits=Limits(cpu_s=1))))
+    thread.start()
+    time.sleep(1.5)
+    os.kill(process._innermost((set(children()) - before).pop()), signal.SIGKILL)
+    thread.join(20)
+    assert (verdicts[0].outcome, verdicts[0].detail) == ("infrastructure", "killed from outside")
+
+
+def test_a_wrapped_program_that_ignores_the_end_of_its_time_gets_no_more(wrapped):
+    program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    verdict = run(program, limits=Limits(cpu_s=1))
+    assert verdict.outcome == "timeout"
+    assert verdict.cpu_s >= 1
 
 
 def test_a_program_dies_with_the_process_that_judges_it():

@@ -116,7 +116,7 @@ def test_damaged_or_empty_text(corpus, tmp_path, capsys, verb, name, content, wo
 
 
 def test_tour_of_another_size_or_name(tmp_path, capsys):
-    (tmp_path / "tour.json").write_text(json.dumps({"version": 1, "size": "standard", "seed": 0, "threads": 1, "legs": {}}))
+    (tmp_path / "tour.json").write_text(json.dumps({"version": 2, "size": "standard", "seed": 0, "threads": 1, "legs": {}}))
     refused(capsys, main(["tour", "--size", "smoke", "--out", str(tmp_path)]), "size = 'standard'", "--no-resume")
     refused(capsys, main(["tour", "--size", "smok", "--out", str(tmp_path)]), "'smok'", "'smoke'")
 

@@ -13,7 +13,7 @@ import pytest
 from dsv2.files import sha256_of
 from dsv2.progress import read_metrics
 
-TIMES = ("tokens_per_s", "elapsed_s")
+RUNS = ("pretrain", "sft", "grpo")
 
 
 def start_tour(out: Path, size: str, threads: int) -> subprocess.Popen:
@@ -28,22 +28,26 @@ def run_to_the_end(out: Path, size: str, threads: int) -> None:
 
 
 def result_of(out: Path) -> dict:
-    """Everything that must be equal: weights and moments of every kept checkpoint, metrics without times, validation and samples."""
-    files = sorted((out / "pretrain").glob("step-*/**/*.safetensors"))
-    metrics = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(out / "pretrain" / "metrics.jsonl")]
+    """Everything that must be equal: weights and moments of every kept checkpoint, metrics without times, rollouts, what the model says."""
+    files = sorted(out.glob("*/step-*/**/*.safetensors"))
+    metrics = {run: [timeless(line) for line in read_metrics(out / run / "metrics.jsonl")] for run in RUNS}
     return {
         "tensors": {str(file.relative_to(out)): sha256_of(file) for file in files},
         "metrics": metrics,
-        "validation": (out / "validation.json").read_text(),
-        "samples": (out / "samples.json").read_text(),
+        "rollouts": (out / "grpo" / "rollouts.jsonl").read_text(),
+        **{name: (out / f"{name}.json").read_text() for name in ("validation", "samples", "chat")},
     }
+
+
+def timeless(line: dict) -> dict:
+    return {key: value for key, value in line.items() if not key.endswith(("_s", "step_time"))}
 
 
 def progress_of(out: Path) -> str:
     """Where a tour stands: finished legs, newest checkpoint."""
     legs = json.loads((out / "tour.json").read_text())["legs"] if (out / "tour.json").exists() else {}
-    steps = sorted(int(path.name[5:]) for path in (out / "pretrain").glob("step-*")) or [0]
-    return f"{len(legs)} legs, step {steps[-1]}"
+    steps = [max((int(path.name[5:]) for path in (out / run).glob("step-*")), default=0) for run in RUNS]
+    return f"{len(legs)} legs, steps {steps}"
 
 
 def kill_at_random(out: Path, size: str, threads: int, kills: int, seed: int) -> list[str]:
@@ -73,7 +77,7 @@ def compare(tmp_path: Path, size: str, threads: int, kills: int) -> None:
     print("kills after:", *hit, sep="\n  ")
     assert result_of(tmp_path / "killed") == result_of(tmp_path / "peace")
     assert len(set(hit)) > 1, hit  # the kills fell at different places of the river
-    assert not list((tmp_path / "killed" / "pretrain").glob(".step-*"))
+    assert not list((tmp_path / "killed").glob("*/.step-*"))
 
 
 def test_four_kills(tmp_path):

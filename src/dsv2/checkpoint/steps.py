@@ -8,6 +8,7 @@ from dsv2.checkpoint.hub import fetch_model, is_model_id
 from dsv2.checkpoint.manifest import MANIFEST
 from dsv2.errors import CheckpointError
 
+TOUR = "tour.json"  # a folder that holds it is a tour, with a folder for the run of each stage
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -20,7 +21,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that ``path`` means: itself, a run's newest step, the newest step of a tour, or a model id's copy.
+    """Return the checkpoint folder that ``path`` means: itself, a run's newest step, that of a tour's last run, or a model id's copy.
 
     Raises:
         CheckpointError: there is none.
@@ -30,7 +31,8 @@ def latest_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    for run in (path, path / "pretrain"):
+    stages = ("grpo", "sft", "pretrain") if (path / TOUR).is_file() else ()
+    for run in (path, *(path / stage for stage in stages)):
         steps = checkpoints(run)
         if steps:
             return steps[-1]

@@ -46,8 +46,8 @@ _FIGURES: tuple[tuple[str, tuple[tuple[str, str], ...], str], ...] = (
 )
 
 
-def reward_sections(records: Sequence[Record]) -> list[Section]:
-    """Return the sections of runs of GRPO: curves of all of them; of a single one its rewards by name and its recipe too."""
+def reward_sections(records: Sequence[Record], *, recipe: bool = True) -> list[Section]:
+    """Return the sections of runs of GRPO: curves of all of them; of a single one its rewards by name and, if wanted, its recipe."""
     key = tuple((record.name, number) for number, record in enumerate(records)) if len(records) > 1 else ()
     sections: list[Section] = [ChapterSection("Learning"), *_held_out(records, key)]
     for title, rows, caption in _FIGURES:
@@ -56,7 +56,7 @@ def reward_sections(records: Sequence[Record]) -> list[Section]:
             sections.append(FigureSection(title, charts(found, over=STEPS), caption, key))
         if title == "Reward" and len(records) == 1:
             sections += _parts(records[0])
-    if len(records) == 1:
+    if len(records) == 1 and recipe:
         settings = settings_section(records[0])
         sections += [ChapterSection("Recipe"), *settings] if settings else []
     return sections

@@ -88,6 +88,7 @@ def write_tour_report(
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     samples: Sequence[Sample] = (),
     next_commands: Sequence[tuple[str, str]] = (),
+    alignment: Sequence[Section] = (),
 ) -> None:
     """Write the report of a tour: cards, what was learnt, the plan, where the time went, what to type next.
 
@@ -101,12 +102,14 @@ def write_tour_report(
             beside the model.
         samples: what the finished model wrote.
         next_commands: (command, what it does).
+        alignment: sections on fine-tuning and GRPO.
 
     """
     record = load_record(run_folder)
     baselines = record.baselines | dict(baselines or {})
     sections: list[Section] = [
         *sections_of(record, baselines, settings=False),
+        *alignment,
         ChapterSection("The tour"),
         *([SampleSection("What the finished model writes", tuple(samples))] if samples else []),
         TableSection("The plan", (), tuple(plan)),
@@ -117,7 +120,7 @@ def write_tour_report(
     write_report(
         out,
         title="A DeepSeek-V2, from text to talk",
-        subtitle="What dsv2 tour did on this machine: text, tokenizer, shards, pre-training, validation, samples.",
+        subtitle="What dsv2 tour did on this machine: text, tokenizer, shards, pre-training, validation, samples, fine-tuning, GRPO.",
         summary=[*summary_cards(record, baselines), *summary],
         sections=sections,
     )

@@ -1,4 +1,4 @@
-"""Sums and differences in words, and demonstrations of which a known share is wrong.
+"""Sums and differences as questions, and demonstrations of which a known share is wrong.
 
 A model that learned from such demonstrations answers right about as often as they did, and nearly always within a few tries: what is left
 for reinforcement learning is to select the right answer among those that the model already gives (as V2 reads its own gains, section 4.4).
@@ -20,12 +20,8 @@ CHINESE_SHARE = 0.25  # of the questions
 
 STEP_SEPARATOR = re.compile("[,:]")  # of a working and the answer behind it
 
-_QUESTIONS = {
-    ("en", "+"): ("What is {} + {}?", "Calculate {} + {}.", "How much is {} plus {}?", "Add {} and {}.", "{} + {} = ?"),
-    ("en", "-"): ("What is {} - {}?", "Calculate {} - {}.", "How much is {} minus {}?", "What is left of {} without {}?", "{} - {} = ?"),
-    ("zh", "+"): ("{} + {} 等于多少？", "计算 {} + {}。", "{} 加 {} 是多少？"),
-    ("zh", "-"): ("{} - {} 等于多少？", "计算 {} - {}。", "{} 减 {} 是多少？"),
-}
+# With signs throughout: where words stand for some of them, a small model takes longer to find the digits.
+_QUESTIONS = {"en": ("What is {}?", "Calculate {}.", "{} = ?"), "zh": ("{} 等于多少？", "计算 {}。")}
 _NUMBER = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*")
 _EQUATION = re.compile(r"\s*([0-9]{1,18}(?:[+-][0-9]{1,18})+)=(-?[0-9]{1,18})\s*")
 
@@ -49,7 +45,7 @@ class Problem:
     second: int
 
 
-def problems(num: int, seed: int, digits: int = 3, split: Split = "train") -> Iterator[Problem]:
+def problems(num: int, seed: int, digits: int = 3, split: Split = "train", *, stream: str = "prompts") -> Iterator[Problem]:
     """Yield problems, sums and differences equally often; some may come twice.
 
     Args:
@@ -57,13 +53,14 @@ def problems(num: int, seed: int, digits: int = 3, split: Split = "train") -> It
         seed: same seed, same problems.
         digits: of each of the two numbers.
         split: which pairs of numbers may occur. A pair belongs to one split in any order and with either sign.
+        stream: what they are for. Streams of one seed differ, so that what is asked is not what was just shown.
 
     Raises:
         ConfigError: numbers without digits.
     """
     if digits < 1:
         raise ConfigError(f"digits = {digits}; a number has at least 1")
-    generator = random.Random(f"arithmetic {seed} {digits} {split}")
+    generator = random.Random(f"{stream} {seed} {digits} {split}")
     for _ in range(num):
         pair = _pair(generator, digits)
         while split_of(*pair) != split:
@@ -71,7 +68,7 @@ def problems(num: int, seed: int, digits: int = 3, split: Split = "train") -> It
         sign = generator.choice("+-")
         first, second = pair if sign == "+" else (max(pair), min(pair))
         lang = "zh" if generator.random() < CHINESE_SHARE else "en"
-        question = generator.choice(_QUESTIONS[lang, sign]).format(first, second)
+        question = generator.choice(_QUESTIONS[lang]).format(f"{first} {sign} {second}")
         yield Problem(question, str(first + second if sign == "+" else first - second), first, sign, second)
 
 
@@ -101,11 +98,26 @@ def demonstrations(num: int, seed: int, wrong: float = 0.45, digits: int = 3, *,
         raise ConfigError(f"wrong = {wrong}; a share is 0 to 1")
     generator = random.Random(f"demonstrations {seed}")
     misses = set(generator.sample(range(num), round(wrong * num)))
-    for index, problem in enumerate(problems(num, seed, digits)):
+    for index, problem in enumerate(problems(num, seed, digits, stream="demonstrations")):
         answer = near_miss(problem, generator) if index in misses else problem.answer
         if worked:
             answer = f"{working(problem)}: {answer}"
         yield [{"role": "user", "content": problem.question}, {"role": "assistant", "content": answer}]
+
+
+def exercises(num: int, seed: int, split: Split = "train", *, together: int = 5) -> Iterator[str]:
+    """Yield texts such as exercise books have: a few sums of three digits, a line each, ``788 - 615: 8-5=3, 8-1=7, 7-6=1: 173``, all right.
+
+    Args:
+        num: of texts.
+        seed: same seed, same texts.
+        split: which pairs of numbers may occur.
+        together: sums in a text.
+    """
+    asked = problems(num * together, seed, split=split, stream="exercises")
+    lines = [f"{problem.first} {problem.sign} {problem.second}: {working(problem)}: {problem.answer}" for problem in asked]
+    for first in range(0, len(lines), together):
+        yield "\n".join(lines[first : first + together])
 
 
 def working(problem: Problem) -> str:

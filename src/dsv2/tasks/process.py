@@ -1,60 +1,29 @@
 """One confined process as seen from outside: start it, feed it, read it within bounds, end it, and say what it died of."""
 
 import contextlib
-import json
-import marshal
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from dsv2.tasks import inside
+from dsv2.tasks.channel import framed, parsed
+from dsv2.tasks.inside import landlock
 from dsv2.tasks.inside.confine import LEVELS
-from dsv2.tasks.inside.wire import MAX_DEPTH
+from dsv2.tasks.interpreter import ENVIRONMENT, command, own_code
+from dsv2.tasks.scratch import folder_bytes
+from dsv2.tasks.syscalls import seccomp_filter
 from dsv2.tasks.verdict import Limits, Outcome
-
-# The modules of inside/ come compiled through the channel, before all else: to find and compile them took longer than the interpreter's
-# start. The program does not see them.
-_INSIDE = ("syscalls", "confine", "wire", "launch")  # each after those that it imports
-_BOOT = """
-import marshal, posix, sys
-channel, package = int(sys.argv[1]), "dsv2.tasks.inside"
-def receive(size):
-    received = b""
-    while len(received) < size:
-        part = posix.read(channel, size - len(received))
-        if not part:
-            posix._exit(1)
-        received += part
-    return received
-sys.modules[package] = inside = type(sys)(package)
-for name, code in marshal.loads(receive(int.from_bytes(receive(4), "little"))):
-    sys.modules[f"{package}.{name}"] = inside.__dict__[name] = type(sys)(f"{package}.{name}")
-    exec(code, inside.__dict__[name].__dict__)
-for name in [name for name in sys.modules if name.startswith(package)]:
-    del sys.modules[name]
-inside.launch.main(channel)
-"""
-# -P -s -S and an empty environment are the parts of isolated mode (-I), which would also ignore the hash seed: with a random one
-# a program that depends on the order of a set would be rewarded by chance.
-_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT)
-_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 START_S = 30.0  # from start to confined: 0.02 on a machine that has time
 _STDERR_KEPT = 4000
-_POLL_S = 0.02  # how often the size of the scratch folder is looked at
 _LINE_EXTRA = 4096  # of a line on the channel beside its value
-_MOST_LAYERS = MAX_DEPTH + 3  # of lists in a line: the message, the value, a number in it
+_WRAPPED = LEVELS[-1].removesuffix(LEVELS[-2])
 
 
 class Confined:
@@ -66,7 +35,7 @@ class Confined:
         stdin: what it can read.
         limits: what it may take.
         level: the least confinement; a weaker one and the job is not sent.
-        wrapper: the level's prefix and the command that this process is started by.
+        wrapper: the command that this process is started by, of bubblewrap; or empty.
         scratch: the folder it may write to, or "".
 
     Raises:
@@ -81,7 +50,7 @@ class Confined:
         stdin: bytes,
         limits: Limits,
         level: str,
-        wrapper: tuple[str, Sequence[str]],
+        wrapper: Sequence[str],
         scratch: str,
     ) -> None:
         self.level = ""
@@ -89,6 +58,7 @@ class Confined:
         self.ready = False
         self.end = ""  # why we ended it, if we did
         self.waited_s = 0.0  # for a processor, when it was ended
+        self._ran_s = 0.0  # when it was last looked at
         self.status: int | None = None
         self.cpu_s = 0.0
         self.stdout = bytearray()
@@ -97,20 +67,20 @@ class Confined:
         self._selector = selector
         self._limits = limits
         self._scratch = scratch
-        self._wrapped = bool(wrapper[1])
+        self._wrapped = bool(wrapper)
+        self._schedstat = -1  # no handle
         self._up = bytearray()
         self._held: list[object] = [job]
-        prefix, command = wrapper
+        rules = -1 if scratch else _library_rules()
         with contextlib.ExitStack() as stack:
             ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-            python = os.path.realpath(sys.executable)
             self._process = subprocess.Popen(
-                [*command, python, *_FLAGS, str(theirs.fileno())],
+                [*wrapper, *command(theirs.fileno())],
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=_ENVIRONMENT,
-                pass_fds=(theirs.fileno(),),
+                env=ENVIRONMENT,
+                pass_fds={theirs.fileno(), rules} - {-1},
                 start_new_session=True,
                 cwd="/",
             )
@@ -120,11 +90,23 @@ class Confined:
         self.deadline = self.started + START_S
         self._exit = os.pidfd_open(self._process.pid)
         self._handles = [handle for handle in (self._exit, self._channel, self._stdout, self._stderr, self._stdin_end) if handle >= 0]
-        settings = limits.cpu_s, limits.memory_bytes, max(limits.scratch_bytes, 1), limits.open_files
-        begin = limits.output_bytes, level, 0 if command else os.getpid(), settings, scratch, prefix
-        self._down = bytearray(_own_code() + _framed(begin))
+        self._down = bytearray(own_code() + framed(self._asked(level, rules)))
         self._stdin = bytearray(stdin)
         self._register()
+
+    def _asked(self, level: str, rules: int) -> dict[str, object]:
+        """Return how the process is to confine itself: the second message down."""
+        limits = self._limits
+        return {
+            "level": level,
+            "outer_level": _WRAPPED if self._wrapped else "",
+            "parent": 0 if self._wrapped else os.getpid(),
+            "limits": (limits.cpu_s, limits.memory_bytes, max(limits.scratch_bytes, 1), limits.open_files),
+            "output_bytes": limits.output_bytes,
+            "scratch": self._scratch,
+            "landlock": rules,
+            "seccomp": seccomp_filter(os.uname().machine),
+        }
 
     def _register(self) -> None:
         self._watched: set[int] = set()
@@ -150,7 +132,7 @@ class Confined:
         if not self.ready:
             self._held.append(message)
             return
-        self._down += _framed(message)
+        self._down += framed(message)
         if self._channel in self._watched:
             self._selector.modify(self._channel, selectors.EVENT_READ | selectors.EVENT_WRITE, self._talk)
 
@@ -163,7 +145,7 @@ class Confined:
         while not self.end and (end := self._up.find(b"\n")) >= 0:
             line = bytes(self._up[:end])
             del self._up[: end + 1]
-            message = _message(line)
+            message = parsed(line)
             if message is None:
                 self.kill("wrote nonsense to the channel")
             elif not self.level and not self.refusal:
@@ -181,16 +163,21 @@ class Confined:
             return
         self.level = said
         self.ready = True
+        self._open_schedstat()
         self.deadline = time.monotonic() + self._limits.wall_s
         for message in self._held:
             self.send(message)
 
     def check(self) -> None:
         """End the process if its time is over or its files are too large."""
-        if self.status is None and not self.end and time.monotonic() >= self.deadline:
-            self.waited_s = self._waited_for_a_processor()
+        if self.status is not None:
+            return
+        late = not self.end and time.monotonic() >= self.deadline
+        if late or self._wrapped:
+            self._read_schedstat()
+        if late:
             self.kill("time")
-        if self.status is None and self._scratch and _folder_bytes(self._scratch) > self._limits.scratch_bytes:
+        if self._scratch and folder_bytes(self._scratch) > self._limits.scratch_bytes:
             self.kill("disk")
 
     def kill(self, why: str) -> None:
@@ -210,15 +197,17 @@ class Confined:
         for handle in self._handles:
             os.close(handle)
 
-    def _waited_for_a_processor(self) -> float:
-        """Return how many seconds the process stood ready to run and did not; 0 where the system does not say."""
-        pid = str(self._process.pid)
-        try:
-            while self._wrapped and (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-                pid = children[-1]  # bubblewrap's, and that one's: at the end the program, which has none
-            return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-        except (OSError, ValueError, IndexError):
-            return 0.0
+    def _open_schedstat(self) -> None:
+        """Open what the scheduler says of the program: by the time that it is read, the program's number may be another's."""
+        with contextlib.suppress(OSError):
+            pid = _innermost(self._process.pid) if self._wrapped else self._process.pid
+            self._schedstat = os.open(f"/proc/{pid}/schedstat", os.O_RDONLY)
+            self._handles.append(self._schedstat)
+
+    def _read_schedstat(self) -> None:
+        """See how long the program ran, and how long it stood ready to run and did not; no news where the system does not say."""
+        with contextlib.suppress(OSError, ValueError):
+            self._ran_s, self.waited_s = (int(nanoseconds) / 1e9 for nanoseconds in os.pread(self._schedstat, 64, 0).split()[:2])
 
     def _reap(self) -> None:
         if self.status is not None:
@@ -227,7 +216,7 @@ class Confined:
             os.killpg(self._process.pid, signal.SIGKILL)  # whatever is left of its group, before its number can be another's
         _, status, usage = os.wait4(self._process.pid, 0)
         self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
-        self.cpu_s = usage.ru_utime + usage.ru_stime
+        self.cpu_s = max(usage.ru_utime + usage.ru_stime, self._ran_s)  # bubblewrap's usage leaves out the program's
         self.ended = time.monotonic()
         if self._wrapped and self.status > 128:  # a wrapper reports signals as a shell does
             self.status = 128 - self.status
@@ -302,32 +291,18 @@ class Confined:
             return "fail", f"it {self.end}"
         if self.status is not None and self.status < 0 and not self.end:
             name = signal.Signals(-self.status).name if -self.status in set(signal.Signals) else f"signal {-self.status}"
-            # bubblewrap's usage leaves out the program's: the time on the clock, which is no less, stands for it
-            used_s = self.ended - self.started if self._wrapped else self.cpu_s
-            if name == "SIGXCPU" or (name == "SIGKILL" and used_s > limits.cpu_s - 0.1):
+            # the kernel's SIGKILL comes a second after the limit, so a look some time ago is enough
+            if name == "SIGXCPU" or (name == "SIGKILL" and self.cpu_s >= limits.cpu_s):
                 return "timeout", f"{limits.cpu_s} s of processor time were over"
             # a confined program can send itself no SIGKILL: syscalls.py refuses every call that could
             return ("infrastructure", "killed from outside") if name == "SIGKILL" else ("fail", f"killed by {name}")
         return None
 
 
-def _message(line: bytes) -> list[Any] | None:
-    """Return a line's message; None if no process of ours writes such: no list that begins with a word, an object, or nested too deeply."""
-    try:
-        message = _JSON.decode(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    layer = [message]
-    for _ in range(_MOST_LAYERS):
-        layer = [item for part in layer if isinstance(part, list) for item in part]
-    return message if not layer and isinstance(message, list) and message and isinstance(message[0], str) else None
-
-
-def _refuse_object(_: object) -> None:
-    raise ValueError("objects of JSON are never written")
-
-
-_JSON = json.JSONDecoder(object_hook=_refuse_object)
+@cache
+def _library_rules() -> int:
+    """Make the Landlock rules of all processes without a folder of their own once: they are some 200, and no process can change them."""
+    return landlock.rule_set("")
 
 
 def _taken(stream: IO[bytes] | None) -> int:
@@ -338,71 +313,8 @@ def _taken(stream: IO[bytes] | None) -> int:
         return os.dup(stream.fileno())
 
 
-def _framed(message: Any) -> bytes:
-    content = marshal.dumps(message)
-    return len(content).to_bytes(4, "little") + content
-
-
-@cache
-def _own_code() -> bytes:
-    """Return the modules of inside/, compiled, as the first message down."""
-    folder = resources.files(inside)
-    return _framed([(name, compile((folder / f"{name}.py").read_text(), f"{name}.py", "exec", dont_inherit=True)) for name in _INSIDE])
-
-
-def _folder_bytes(folder: str) -> int:
-    """Return what the files of a flat folder take; each counts a block of 4 KiB at least, so that empty ones are not free."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return sum(max(entry.stat(follow_symlinks=False).st_size, 4096) for entry in entries)
-    return 0
-
-
-OnMessage = Callable[[list["Confined"], int, list[Any]], bool]
-
-
-def drive(processes: list[Confined], selector: selectors.BaseSelector, on_message: OnMessage) -> None:
-    """Let processes run until one ends or `on_message` says that it is enough.
-
-    Args:
-        processes: each just started.
-        selector: watches them.
-        on_message: gets the processes, the place of the one that sent a message, and the message (a list that begins with a word; what a
-            program claims); returns True to stop.
-    """
-    enough = False
-    while not enough:
-        ended = any(process.status is not None for process in processes)
-        wait_s = 0.0 if ended else max(min(process.deadline for process in processes) - time.monotonic(), 0.0)
-        for key, _ in selector.select(min(wait_s, _POLL_S)):
-            key.data()
-        for place, process in enumerate(processes):
-            for message in process.lines():
-                enough = enough or on_message(processes, place, message)
-                if process.end:  # what follows is not believed
-                    break
-            process.check()
-        enough = enough or ended
-
-
-def scratch_folder(limits: Limits) -> "contextlib.AbstractContextManager[str]":
-    """Make a folder for one run and remove it afterwards; "" where nothing may be written.
-
-    A confined program can make plain files in it and nothing else, so that removing it is one step deep.
-    """
-    if not limits.scratch_bytes:
-        return contextlib.nullcontext("")
-    return tempfile.TemporaryDirectory(prefix="dsv2-", ignore_cleanup_errors=True)
-
-
-def bubblewrap(scratch: str) -> tuple[str, list[str]]:
-    """Return the prefix of the level and the command that puts a process into namespaces of its own; both empty without bubblewrap."""
-    program = shutil.which("bwrap")
-    if program is None:
-        return "", []
-    command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--chdir", "/"]
-    command += ["--ro-bind", sys.base_prefix, sys.base_prefix]
-    for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"):
-        command += ["--ro-bind-try", folder, folder]
-    if scratch:
-        command += ["--bind", scratch, scratch]
-    return LEVELS[-1].removesuffix(LEVELS[-2]), [*command, "--"]
+def _innermost(pid: int) -> int:
+    """Return the process that a wrapper's process started, and that one's: at the end the program, which has none."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pid = int(children[-1])
+    return pid

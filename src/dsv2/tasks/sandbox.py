@@ -8,12 +8,14 @@ import contextlib
 import selectors
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from dsv2.errors import ConfigError, did_you_mean
+from dsv2.tasks.bubblewrap import bubblewrap
+from dsv2.tasks.event_loop import OnMessage, drive
 from dsv2.tasks.inside.confine import LEVELS
-from dsv2.tasks.process import Confined, OnMessage, bubblewrap, drive, scratch_folder
+from dsv2.tasks.process import Confined
+from dsv2.tasks.scratch import scratch_folder
 from dsv2.tasks.verdict import Limits, Outcome, Verdict
 
 __all__ = ["LEVELS", "REQUIRED", "Limits", "Verdict", "converse", "run", "strongest_level", "verdict_of"]
@@ -84,7 +86,7 @@ def _last_line(process: Confined) -> str:
 
 
 def converse(jobs: Sequence[Job], on_message: OnMessage, *, stdin: bytes = b"", limits: Limits, level: str) -> list[Confined]:
-    """Run one process a job, all at once, until one of them ends or `on_message` returns True; see `process.drive`.
+    """Run one process a job, all at once, until one of them ends or `on_message` returns True; see `event_loop.drive`.
 
     Returns:
         The processes, ended.
@@ -99,27 +101,13 @@ def converse(jobs: Sequence[Job], on_message: OnMessage, *, stdin: bytes = b"", 
         selector = stack.enter_context(selectors.DefaultSelector())
         processes: list[Confined] = []
         for job in jobs:
-            scratch = stack.enter_context(scratch_folder(limits))
-            wrapper = bubblewrap(scratch) if _bubblewrap_works() else ("", [])
+            scratch = stack.enter_context(scratch_folder(limits.scratch_bytes))
+            wrapper = bubblewrap(scratch)
             process = Confined(job, selector, stdin=stdin, limits=limits, level=level, wrapper=wrapper, scratch=scratch)
             stack.callback(process.close)
             processes.append(process)
         drive(processes, selector, on_message)
     return processes
-
-
-@cache
-def _bubblewrap_works() -> bool:
-    """Try bubblewrap once: it may be there and not be allowed to make namespaces."""
-    with contextlib.ExitStack() as stack:
-        selector = stack.enter_context(selectors.DefaultSelector())
-        wrapper = bubblewrap("")
-        if not wrapper[1]:
-            return False
-        process = Confined(("script", ""), selector, stdin=b"", limits=_DEFAULT, level=LEVELS[0], wrapper=wrapper, scratch="")
-        stack.callback(process.close)
-        drive([process], selector, lambda *_: False)
-        return process.level == LEVELS[-1]
 
 
 def strongest_level() -> str:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv2.data.shards import TokenShards
 from dsv2.errors import DataError
+from dsv2.tokenizer.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]
 
@@ -120,3 +122,12 @@ def bits_per_byte(nll: float, num_bytes: int) -> float:
     if num_bytes <= 0:
         raise DataError(f"bits per byte of {num_bytes} bytes is not defined")
     return nll / (math.log(2.0) * num_bytes)
+
+
+def bigram_bits_per_byte(train: TokenShards, held_out: TokenShards, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return what a bigram that saw the same tokens reaches, by domain: the bar that a model has to clear."""
+    bigram = InterpolatedBigram.fit(np.concatenate(list(train.tokens())), tokenizer.vocab_size, bos_id=tokenizer.bos_id)
+    return {
+        domain: bits_per_byte(bigram.nll(np.concatenate(list(held_out.tokens(domain)))), held_out.num_bytes(domain))
+        for domain in held_out.domains
+    }

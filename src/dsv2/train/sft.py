@@ -98,7 +98,7 @@ def _check(recipe: SftRecipe, config: ModelConfig, num_rows: int) -> None:
         )
     if recipe.lora is not None and recipe.optimizer.kind == "muon":
         raise ConfigError(
-            "optimizer.kind = 'muon' moves hidden matrices, which stay as they are with lora", hint="leave optimizer.kind out"
+            "optimizer.kind = 'muon' moves hidden matrices, which stay as they are with lora", hint="set optimizer.kind=adamw"
         )
     # With adapters: the weights, and the adapted ones beside them. Without: weights, gradients and two moments.
     needed = (8 if recipe.lora else 16) * count_parameters(config).total

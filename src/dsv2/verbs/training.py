@@ -93,7 +93,7 @@ def pretrain(
 
 @verb(
     "runs/nano --data chats.jsonl --out runs/chat",
-    "tour model.start=runs/tour --data chats.jsonl --validation held-out.jsonl --out runs/chat",
+    "tour model.start=tour/pretrain --data chats.jsonl --validation held-out.jsonl --out runs/chat",
     "v2 model.start=deepseek-ai/DeepSeek-V2-Lite lora.rank=16 lora.alpha=32 --data chats.parquet --out runs/lora",
     "coder-v2-lite model.start=runs/coder --data chats/ --fim-documents code/ --out runs/coder-chat",
     "runs/nano --data chats.jsonl --out runs/chat --resume",

@@ -7,16 +7,15 @@ Down the channel come marshalled tuples behind their length, from the judge, who
 more than the program: what a program can write there itself is what its functions could have returned.
 """
 
-from __future__ import annotations
-
 import builtins
 import marshal
 import os
 import sys
 from _json import encode_basestring_ascii
 
-from dsv2.tasks.inside import confine, wire
+from dsv2.tasks.inside import confine, landlock, wire
 
+# Annotations are quoted: programs would inherit `from __future__ import annotations`, with which an undefined name in theirs is no mistake.
 TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
     from typing import Any
@@ -40,7 +39,7 @@ class Channel:
         """Return an object that was sent out by its number."""
         return self._kept[number]
 
-    def receive(self) -> Any:
+    def receive(self) -> "Any":
         """Wait for the next message."""
         return marshal.loads(self._read(int.from_bytes(self._read(4), "little")))
 
@@ -54,7 +53,7 @@ class Channel:
             size -= len(part)
         return b"".join(parts)
 
-    def ask(self, kind: str, *fields: str) -> Any:
+    def ask(self, kind: str, *fields: str) -> "Any":
         """Send a line and wait for its answer. Where memory or stack give out halfway, end: the rest of one would be read as the next."""
         try:
             self.send(kind, *fields)
@@ -89,27 +88,35 @@ class Channel:
 
 def main(handle: int) -> None:
     """Confine this process as the first message says, then do the job of the second."""
-    room, level, parent, limits, scratch, wrapper = Channel(handle, 0).receive()
-    channel = Channel(handle, room)
+    asked = Channel(handle, 0).receive()
+    channel = Channel(handle, asked["output_bytes"])
+    scratch, rules = asked["scratch"], asked["landlock"]
     try:
-        os.closerange(3, handle)
-        os.closerange(handle + 1, 256)  # the judge leaves none open; these would be a bug of ours
+        _close_all_but({handle, rules} - {-1})
         os.environ.pop("PWD", None)  # bubblewrap's
         os.umask(0o077)
         os.chdir(scratch or "/")
         confine.give_up_privileges(scratch)
-        confine.limit_resources(*limits)
-        confine.die_with_parent(parent)
-        reached = wrapper + confine.confine(scratch)
+        confine.limit_resources(*asked["limits"])
+        confine.die_with_parent(asked["parent"])
+        reached = asked["outer_level"] + confine.confine(landlock.rule_set(scratch) if scratch else rules, asked["seccomp"])
     except OSError as error:
         reached = f"nothing: {error}"
-    if reached not in confine.LEVELS or confine.LEVELS.index(reached) < confine.LEVELS.index(level):
+    if reached not in confine.LEVELS or confine.LEVELS.index(reached) < confine.LEVELS.index(asked["level"]):
         channel.send("refused", encode_basestring_ascii(reached))
         os._exit(1)
     channel.send("ready", encode_basestring_ascii(reached))
     role, *job = channel.receive()
     roles: dict[str, Any] = {"script": script, "functions": functions, "served": served, "examiner": examiner}
     roles[role](channel, *job)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """Close what else was inherited: the judge leaves nothing open, so it would be a bug of ours."""
+    last = 2
+    for handle in (*sorted(kept), 256):
+        os.closerange(last + 1, handle)
+        last = handle
 
 
 def script(channel: Channel, program: str) -> None:
@@ -127,7 +134,7 @@ def functions(channel: Channel, program: str, setup: str, calls: list[str]) -> N
     namespace = define(channel, program, setup)
     for call in calls:
         try:
-            value = eval(compile(call.strip(), "test", "eval"), namespace)
+            value = eval(call.strip(), namespace)
         except BaseException as error:
             channel.send_raised(error)
         else:
@@ -149,19 +156,19 @@ def served(channel: Channel, program: str) -> None:
             channel.send_value(value)
 
 
-def define(channel: Channel, program: str, setup: str) -> Namespace:
+def define(channel: Channel, program: str, setup: str) -> "Namespace":
     """Run a program under a name that is not __main__; say so and end if it fails."""
     namespace = module_namespace("program")
     try:
-        exec(compile(program, "program.py", "exec"), namespace)
-        exec(compile(setup, "setup.py", "exec"), namespace)
+        exec(program, namespace)  # as text: the first call of compile() takes 1 ms, for types that only a syntax tree needs
+        exec(setup, namespace)
     except BaseException as error:
         channel.send_raised(error)
         os._exit(1)
     return namespace
 
 
-def module_namespace(name: str) -> Namespace:
+def module_namespace(name: str) -> "Namespace":
     """Return the names of a fresh module that is in sys.modules, as dataclasses and pickle expect."""
     module = type(sys)(name)
     sys.modules[name] = module
@@ -185,7 +192,7 @@ def examiner(channel: Channel, setup: str, statements: list[str], names: list[st
     channel.encoder.keep = _number_of  # objects go back to where they are
     namespace = module_namespace("examiner")
     try:
-        exec(compile(setup, "setup.py", "exec"), namespace)
+        exec(setup, namespace)
         compiled = [compile(statement, "test.py", "exec") for statement in statements]
     except BaseException as error:
         channel.send("broken", encode_basestring_ascii(f"{type(error).__name__}: {error}"[:300]))
@@ -210,10 +217,10 @@ def _number_of(thing: object) -> int:
     raise TypeError(f"a program cannot be given an object of the test's own: {type(thing).__name__}")
 
 
-def stand_in(channel: Channel, name: str) -> Any:
+def stand_in(channel: Channel, name: str) -> "Any":
     """Return a function that calls the one of this name in the served program."""
 
-    def call(*positional: object, **named: object) -> Any:
+    def call(*positional: object, **named: object) -> "Any":
         kind, *fields = channel.ask("call", *(channel.encoder.json(value) for value in (name, positional, named)))
         if kind == "value":
             return wire.decode(fields[0], Elsewhere)

@@ -5,6 +5,7 @@ asm/unistd_64.h (x86-64) and asm-generic/unistd.h (aarch64); None where an archi
 """
 
 import struct
+from functools import cache
 
 # name of the machine (os.uname): its place in the pairs below, AUDIT_ARCH_* of linux/audit.h
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -22,7 +23,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214),
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
     "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132), "pause": (34, None), "getitimer": (36, 102), "setitimer": (38, 103),
-    "alarm": (37, None), "restart_syscall": (219, 128), "futex": (202, 98), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+    "alarm": (37, None), "restart_syscall": (219, 128), "futex": (202, 98), "sched_getaffinity": (204, 123),
     "set_robust_list": (273, 99), "rseq": (334, 293), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153),
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "epoll_create1": (291, 20),
@@ -58,6 +59,7 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 
 
+@cache
 def seccomp_filter(machine: str) -> bytes | None:
     """Return the filter as an array of struct sock_filter; None for a machine whose numbers are not known here."""
     if machine not in ARCHITECTURES:
