@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
 
 from dsv2.assets import corpus_path
 from dsv2.checkpoint.huggingface import load_model

@@ -1,8 +1,8 @@
 """The tour's last legs: a pre-trained model becomes one that answers, and learns to prefer the right answer.
 
-It has read right sums among its texts. Fine-tuning shows it how to answer, by a teacher of whose sums 45 % end in a wrong number, and a few
-hundred questions with one right answer each. It then gets a sum right at most as often as its teacher did, but nearly always in several tries.
-GRPO pays for right sums, and so selects them.
+It has read right sums among its texts. Fine-tuning shows it how to answer, by a teacher of whose sums 45 % end in a wrong number, and
+questions with one right answer each. It then gets a sum right less often than its teacher did, and mostly within several tries. GRPO pays
+for right sums, and so selects them.
 """
 
 import json

@@ -208,6 +208,7 @@ def test_a_run_and_a_tour_mean_their_latest_step(folder: Path, tmp_path: Path, s
     folder.rename(newer)
     (newer.parent / "step-3").mkdir()
     (newer.parent / "step-3" / "config.json").write_text("{}")
+    (tmp_path / "run" / "tour.json").write_text("{}")
     assert say(tmp_path / "run").splitlines()[0] == str(newer)
     assert say(newer.parent).splitlines()[0] == str(newer)
 

@@ -23,6 +23,7 @@ from dsv2.tokenizer.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory: pytest.TempPathFactory, model: Transformer, tokenizer: Tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("tour")
+    (folder / "tour.json").write_text("{}")
     save_checkpoint(folder / "pretrain" / "step-2", model, tokenizer)
     return folder
 

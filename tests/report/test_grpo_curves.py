@@ -73,4 +73,4 @@ def test_a_tour_s_page_says_how_much_is_right_before_and_after(tmp_path: Path) -
     assert tables["What it answers"].rows == (("What is 5 + 8?", "18 and", "5+8=13: 12", "5+8=13: 13"),)
     assert tables["How much is right"].rows == (("answer, pass@1", "", "50.0%", "87.5%"), ("instruction set", "0.0%", "90.0%", "80.0%"))
     write_report(tmp_path / "out.html", title="", subtitle="", summary=[], sections=sections)
-    assert "0.6 \u2192 1" in (tmp_path / "out.html").read_text()
+    assert "Rewards by name" in (tmp_path / "out.html").read_text()

@@ -271,23 +271,28 @@ def update(
     except LogProbsDiffer:
         optimizer.zero_grad(set_to_none=True)
         raise
+    norm = _step(model, optimizer, lr, clip_norm)
+    return _figures(parts, pieces, objective, entropies, norm), found
+
+
+def _figures(parts: Sequence[LossParts], pieces: Sequence[Padded], objective: Objective, entropies: float, norm: float) -> UpdateResult:
+    """Return what a step did, over all micro-batches."""
     tokens = [float(piece.mask.sum()) for piece in pieces]
     # shares of a micro-batch are of its tokens, or of its outputs where ratios are of those
     counted = [float(piece.mask.any(dim=1).sum()) for piece in pieces] if objective.ratio == "output" else tokens
-    weighed = objective.correction != "none"
-    result = UpdateResult(
+    weighed, compared = objective.correction != "none", parts[0].kl is not None
+    return UpdateResult(
         loss=sum(part.loss.item() for part in parts),
-        kl=None if reference is None else _mean(parts, tokens, "kl"),
-        kl_loss=None if reference is None else sum(part.kl_loss.item() for part in parts if part.kl_loss is not None),
+        kl=_mean(parts, tokens, "kl") if compared else None,
+        kl_loss=sum(part.kl_loss.item() for part in parts if part.kl_loss is not None) if compared else None,
         entropy=entropies / max(1.0, sum(tokens)),
         clipped_low=_mean(parts, counted, "clipped_low"),
         clipped_high=_mean(parts, counted, "clipped_high"),
         ratio_max=max(part.ratio_max.item() for part in parts),
         weight_mean=_mean(parts, counted, "weight_mean") if weighed else None,
         weight_capped=_mean(parts, counted, "weight_capped") if weighed else None,
-        grad_norm=_step(model, optimizer, lr, clip_norm),
+        grad_norm=norm,
     )
-    return result, found
 
 
 def _is_on(balance: BalanceSection) -> bool:
