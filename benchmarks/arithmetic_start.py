@@ -48,9 +48,10 @@ def make_start(
 
 def fine_tuned(start: Path, chats: Path, out: Path, *, seed: int, epochs: float, peak: float, warmup: int = 50) -> Path:
     """Fine-tune a model on conversations; return the folder of the run."""
-    from dsv2.train.sft import fine_tune, open_start
+    from dsv2.train.sft import fine_tune
     from dsv2.train.sft_data import open_conversations
     from dsv2.train.sft_recipe import SftRecipe
+    from dsv2.train.start import open_start
 
     recipe = SftRecipe.model_validate(
         {
@@ -63,7 +64,7 @@ def fine_tuned(start: Path, chats: Path, out: Path, *, seed: int, epochs: float,
             "balance": {"expert": 0.01},
         }
     )
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     fine_tune(recipe, opened, open_conversations(recipe, opened.tokenizer, [chats]), out)
     return out
 

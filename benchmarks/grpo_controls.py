@@ -35,11 +35,11 @@ def grpo(start: Path, out: Path, seed: int, steps: int, overrides: list[str]) ->
     from dsv2.rl.grpo import train
     from dsv2.rl.grpo_recipe import GrpoRecipe
     from dsv2.rl.prompts import open_prompts
-    from dsv2.train.sft import open_start
+    from dsv2.train.start import open_start
 
     given = [f"model.start={json.dumps(str(start))}", f"run.seed={seed}", f"run.steps={steps}", "task.held_out=0", ONE_CHECKPOINT]
     recipe = load_recipe("arithmetic", GrpoRecipe, folder="grpo", overrides=given + overrides)
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out)
     return out
 

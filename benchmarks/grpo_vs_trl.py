@@ -80,11 +80,10 @@ def run_dsv2(folder: Path, prompts: int, steps: int) -> dict[str, Any]:
     from dsv2.rl import grpo
     from dsv2.rl.prompts import open_prompts
     from dsv2.rl.reward import Part, Rewards
-    from dsv2.train.sft import open_start
+    from dsv2.train.start import open_start
 
     rewards = Rewards([Part("distinct", lambda rollouts: [distinct_characters(rollout.text) for rollout in rollouts])])
-    recipe = recipe_of(folder, prompts)
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe_of(folder, prompts))
     real, begins = grpo.draw, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:

@@ -25,17 +25,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv2.data.conversations import ReadingReport
 from dsv2.data.preference_rows import JudgedAnswers
 from dsv2.data.preferences import Answer, Preference, read_preferences, write_preferences
+from dsv2.data.rows import ReadingReport
 from dsv2.files import atomic_write_json
 from dsv2.progress import console, read_metrics, table
 from dsv2.rl.calibration import calibrate_margins
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import RewardRecipe
-from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_training import all_rewards, form_of, train_reward_model
 from dsv2.train.precision import make_deterministic
+from dsv2.train.start import open_start
 
 PARTS = 10
 NOISE = 0.1  # share of the pairs of "noisy" that are the wrong way round
@@ -131,8 +131,7 @@ def train_fold(
         "learning_rate": {"peak": arguments.rate, "decay": "cosine", "final_share": 0.1, "warmup_steps": 10},
         "loss": {"centring": 0.01},
     }  # fmt: skip
-    recipe = RewardRecipe.model_validate(settings)
-    start = open_start(recipe, None)
+    recipe, start = open_start(RewardRecipe.model_validate(settings), None)
     data = open_preferences(recipe, start.tokenizer, files[:1], validation=files[1:], form=form_of(recipe.loss))
     model = train_reward_model(recipe, start, data, out)
     rewards = {domain: np.array(all_rewards(model, rows, 8, None)) for domain, rows in data.held_out.items()}
@@ -237,7 +236,7 @@ def main() -> None:
         sets["noisy"] = (list(by_rules(arguments.rules, arguments.seed, NOISE)), arguments.rule_epochs)
     for file in arguments.pairs:
         name = file.name.partition(".")[0]
-        pairs = [replace(pair, domain=name) for pair in read_preferences([file], ReadingReport()) if pair.is_pair]
+        pairs = [replace(pair, domain=name) for pair in read_preferences([file], ReadingReport("preferences")) if pair.is_pair]
         sets[name] = (pairs, arguments.epochs)
     results = {}
     for name, (pairs, epochs) in sets.items():

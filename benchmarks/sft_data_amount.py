@@ -24,9 +24,10 @@ from dsv2.engine.request import SamplingParams
 from dsv2.files import atomic_write_json
 from dsv2.progress import console, read_metrics, table
 from dsv2.train.precision import make_deterministic
-from dsv2.train.sft import fine_tune, open_start
+from dsv2.train.sft import fine_tune
 from dsv2.train.sft_data import open_conversations
 from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import open_start
 
 AMOUNTS = (100, 1000, 3000, 10_000, 30_000)
 
@@ -132,8 +133,7 @@ def train_on(arguments: argparse.Namespace, amount: int, chats: Path, held_out: 
         "optimizer": {"kind": "muon"},
         "learning_rate": {"peak": arguments.rate, "decay": "cosine", "final_share": 0.1, "warmup_steps": max(1, arguments.steps // 20)},
     }  # fmt: skip
-    recipe = SftRecipe.model_validate(settings)
-    start = open_start(recipe.model, recipe.run.seq_len)
+    recipe, start = open_start(SftRecipe.model_validate(settings))
     data = open_conversations(recipe, start.tokenizer, [chats], validation=[held_out])
     epochs = arguments.steps * recipe.batch.sequences / len(data.rows)
     out = arguments.out / f"sft-{amount}"

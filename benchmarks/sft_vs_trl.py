@@ -73,11 +73,11 @@ def run_dsv2(folder: Path, precision: str, steps: int) -> dict[str, Any]:
     """Run the stage as its command does, and stop it after the steps that are timed."""
     from dsv2.progress import read_metrics
     from dsv2.train import loop
-    from dsv2.train.sft import fine_tune, open_start
+    from dsv2.train.sft import fine_tune
     from dsv2.train.sft_data import open_conversations
+    from dsv2.train.start import open_start
 
-    recipe = recipe_of(folder, precision)
-    start = open_start(recipe.model, recipe.run.seq_len)
+    recipe, start = open_start(recipe_of(folder, precision))
     data = open_conversations(recipe, start.tokenizer, [folder / "chats.jsonl"])
     real, begins = loop.train_step, []
 
@@ -104,11 +104,11 @@ def run_trl(folder: Path, precision: str, steps: int, packing: str, experts: str
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from dsv2.train.sft import open_start
     from dsv2.train.sft_data import open_conversations
+    from dsv2.train.start import open_start
 
-    recipe = recipe_of(folder, precision)
-    data = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [folder / "chats.jsonl"])
+    recipe, start = open_start(recipe_of(folder, precision))
+    data = open_conversations(recipe, start.tokenizer, [folder / "chats.jsonl"])
     samples = data.rows.samples
     dataset = Dataset.from_list(
         [

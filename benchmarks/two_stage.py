@@ -32,7 +32,6 @@ from reward_models import words_accuracy
 from dsv2.config import load_recipe
 from dsv2.engine.llm import LLM
 from dsv2.files import atomic_write_json
-from dsv2.rl import preference_run
 from dsv2.rl.grpo import train
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.preference_data import open_preferences
@@ -44,7 +43,7 @@ from dsv2.rl.reward_training import form_of, held_out_figures, train_reward_mode
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.tasks.arithmetic import final_number, problems
 from dsv2.train.precision import make_deterministic
-from dsv2.train.sft import open_start
+from dsv2.train.start import open_start
 
 Values = dict[Kind, list[float]]
 Scale = Mapping[Kind, Sequence[float]]  # mean and deviation of a reward
@@ -100,7 +99,7 @@ def reward_model(kind: Kind, begin: Path, out: Path, size: Size) -> Result:
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in pairs(kind, number, 0, split)))
     overrides = [f"model.start={json.dumps(str(begin))}", f"run.epochs={size.epochs}", "run.precision=fp32", "run.validate_every=1000000"]
     recipe = load_recipe("tour", RewardRecipe, folder="reward", overrides=overrides)
-    opened = preference_run.open_start(recipe, None)
+    recipe, opened = open_start(recipe, None)
     data = open_preferences(recipe, opened.tokenizer, files[:1], validation=files[1:], form=form_of(recipe.loss))
     model = train_reward_model(recipe, opened, data, out / "run")
     train_pairs, held_out = data.rows.answers, data.held_out[kind]
@@ -174,7 +173,7 @@ def recipe_of(name: str, begin: Path, steps: int, looks: int, seed: int, more: S
 def stage_1(begin: Path, out: Path, size: Size, seed: int) -> Result:
     """Run GRPO on sums; the rule pays."""
     recipe = recipe_of("v2-reasoning", begin, size.stage_1, 1, seed, ['task.name="arithmetic"'])
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out)
     return {}
 
@@ -191,7 +190,7 @@ def stage_2(arm: str, begin: Path, out: Path, judges: Judges, size: Size, seed: 
     if sums:
         asked = problems(PROMPTS, seed + 1)
         prompts += [{"messages": [{"role": "user", "content": problem.question}], "answer": problem.answer} for problem in asked]
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     train(recipe, opened, Prompts(prompts, [], seed), out, rewards=judges.rewards(sums=sums))
     return {}
 

@@ -20,11 +20,12 @@ from dsv2.train.corpus import Corpus
 from dsv2.train.loop import Sample
 from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe
-from dsv2.train.run_folder import load_stage_recipe, require_resume, with_seq_len
+from dsv2.train.run_folder import load_stage_recipe, require_resume
 from dsv2.train.samples import SamplesSection
-from dsv2.train.sft import fine_tune, open_start
+from dsv2.train.sft import fine_tune
 from dsv2.train.sft_data import open_conversations
-from dsv2.train.sft_recipe import MOST_PLACES, SftRecipe
+from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import open_start
 
 HOLE = "\u27e8 ? \u27e9"  # where a sample's text belongs, in the prompt as people see it
 
@@ -81,8 +82,7 @@ def sft(
     """
     recipe = load_stage_recipe(target, SftRecipe, "sft", overrides)
     require_resume(out, resume)
-    start = open_start(recipe.model, recipe.run.seq_len)
-    recipe = with_seq_len(recipe, start.config.max_position_embeddings, most=MOST_PLACES)
+    recipe, start = open_start(recipe)
     conversations = open_conversations(recipe, start.tokenizer, data, validation=validation, fim_documents=fim_documents)
     sample = answer_sampler(recipe, start.config.max_position_embeddings, start.tokenizer)
     fine_tune(recipe, start, conversations, out, tensorboard=tensorboard, sample=sample)

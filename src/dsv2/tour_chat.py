@@ -25,9 +25,10 @@ from dsv2.rl.prompts import open_prompts
 from dsv2.tasks.arithmetic import demonstrations
 from dsv2.tasks.instructions import conversations, instructions
 from dsv2.tokenizer.tokenizer import Tokenizer
-from dsv2.train.sft import fine_tune, open_start
+from dsv2.train.sft import fine_tune
 from dsv2.train.sft_data import open_conversations
 from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import open_start
 
 QUESTIONS = (  # the sums are in no training split
     "What is 487 + 305?", "Calculate 936 - 361.", "794 + 536 = ?", "372 + 838 等于多少？",
@@ -68,7 +69,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 def run_sft(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
     """Fine-tune a model on lessons, or go on with it; return figures for people."""
     asked = load_recipe(recipe, SftRecipe, folder="sft", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
-    begun = open_start(asked.model, asked.run.seq_len)
+    asked, begun = open_start(asked)
     fine_tune(asked, begun, open_conversations(asked, begun.tokenizer, [lessons]), out)
     last = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "validation"][-1]
     return {f"{domain}, held out": f"{loss:.3f} nats per token" for domain, loss in last["loss"].items()}
@@ -77,7 +78,7 @@ def run_sft(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) ->
 def run_grpo(start: Path, out: Path, *, recipe: str, seed: int) -> dict[str, str]:
     """Let GRPO improve a model on sums, or go on with it; return figures for people."""
     asked = load_recipe(recipe, GrpoRecipe, folder="grpo", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
-    begun = open_start(asked.model, asked.run.seq_len)
+    asked, begun = open_start(asked)
     grpo.train(asked, begun, open_prompts(asked, begun.tokenizer, []), out)
     return {name: f"{before} before, {after} after" for name, before, after in gains(out)}
 

@@ -7,8 +7,9 @@ import pytest
 
 from dsv2.data.conversation_fim import add_fim, fenced_code
 from dsv2.data.conversation_rows import ConversationRows, Samples, best_fit, render_samples
-from dsv2.data.conversations import Conversation, ReadingReport
+from dsv2.data.conversations import Conversation
 from dsv2.data.packing import IGNORE
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import ConfigError, DataError
 from dsv2.tokenizer.chat import Rendered, render
 from dsv2.tokenizer.train import train_tokenizer

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from dsv2.data.conversations import ReadingReport, read_conversations
+from dsv2.data.conversations import read_conversations
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import DataError
 
 QUESTION, ANSWER = {"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Elbe."}
@@ -38,7 +39,7 @@ def test_every_form_gives_the_same_messages(tmp_path, form, row):
     assert conversations[0].messages == (QUESTION, ANSWER)
     assert conversations[0].domain == "chats"
     assert report.read == {form: 1}
-    assert report.unused_fields == {"source": 1}
+    assert report.other_fields == {"source": 1}
 
 
 def test_alpaca_and_sharegpt_carry_system_text_history_and_input(tmp_path):
@@ -90,7 +91,7 @@ def test_files_of_conversations_only_and_damage_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(DataError, match="holds text, not conversations"):
         read(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="no conversation in .*2 rows refused: no known form"):
+    with pytest.raises(DataError, match="no conversations in .*2 rows refused: no known form"):
         read(write(tmp_path, [{"text": "a"}, {"text": "b"}]))
     packed = write(tmp_path, [{"messages": [QUESTION, ANSWER]}] * 50, "chats.jsonl.gz")
     assert len(read(packed)[0]) == 50

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2.data.order import lots
+from dsv2.data.order import canonical, drawn_by_content, lots
 from dsv2.train.dropping import DroppingSection, step_dropping
 
 CPU = torch.device("cpu")
@@ -34,6 +34,14 @@ def test_lots_are_even_and_differ_by_seed():
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.02
     assert (first < 0.1).mean() == pytest.approx(0.1, abs=0.004)
+
+
+def test_a_content_has_its_side_of_a_split_however_it_is_written():
+    contents = [{"content": f"{n} \ud800", "role": "user"} for n in range(2000)]
+    drawn = [drawn_by_content(canonical(content), 0.3) for content in contents]
+    assert sum(drawn) == pytest.approx(600, abs=60)
+    assert drawn == [drawn_by_content(canonical(dict(reversed(content.items()))), 0.3) for content in contents]
+    assert not any(drawn_by_content(canonical(content), 0.0) for content in contents)
 
 
 def test_without_a_capacity_nothing_is_dropped_and_shares_reach_both_ends():

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from dsv2.data.conversations import ReadingReport
 from dsv2.data.packing import IGNORE
 from dsv2.data.preference_filters import filtered, in_proportion
 from dsv2.data.preference_rows import PADDING, PreferenceRows, render_preferences
 from dsv2.data.preferences import read_preferences
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import ConfigError, DataError
 from dsv2.tokenizer.train import train_tokenizer
 
@@ -22,7 +22,7 @@ def turn(text):
 
 def read(tmp_path, *rows):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     return list(read_preferences([tmp_path / "p.jsonl"], report)), report
 
 
@@ -59,7 +59,7 @@ def test_single_answers_are_read_with_label_or_score(tmp_path):
         ("yes", 1.0, "d"), ("no", 0.0, "p"), ("maybe", -1.5, "p"),
     ]  # fmt: skip
     assert report.read == {"label": 2, "score": 1}
-    assert report.unused_fields == {"source": 1}
+    assert report.other_fields == {"source": 1}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_is_no_judgement_is_refused_with_its_reason(tmp_path, row, reason):
 
 
 def test_a_file_without_any_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no preference in .*: 1 rows refused: no known form; its fields are text"):
+    with pytest.raises(DataError, match=r"no preferences in .*: 1 rows refused: no known form; its fields are text"):
         read(tmp_path, {"text": "a"})
 
 
@@ -142,7 +142,7 @@ def test_a_long_conversation_is_refused_or_loses_its_beginning(tmp_path, tokeniz
         {"prompt": "hello " * 50, "chosen": "yes", "rejected": "no"},
         {"prompt": "hello", "chosen": "yes", "rejected": "no"},
     )
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     assert len(render_preferences(found, tokenizer, template=None, seq_len=48, too_long="refuse", report=report)) == 2
     assert dict(report.refused) == {"a conversation is longer than 24 tokens": 1}
     cut = render_preferences(found, tokenizer, template=None, seq_len=48, too_long="cut", report=ReadingReport())
@@ -158,7 +158,7 @@ def test_a_pair_that_is_cut_keeps_one_prompt(tmp_path, tokenizer):
         {"prompt": "hello " * 20 + "maybe later", "chosen": "yes yes yes yes yes", "rejected": "no"},
         {"prompt": "hello " * 20, "chosen": "yes " * 30, "rejected": "no"},
     )
-    report = ReadingReport()
+    report = ReadingReport("preferences")
     cut = render_preferences(found, tokenizer, template=None, seq_len=60, too_long="cut", report=report)
     prompts = [tokenizer.decode(tokens[~learn].tolist()) for tokens, learn in zip(cut.tokens, cut.learn, strict=True)]
     assert prompts[0] == prompts[1]

@@ -1,6 +1,7 @@
 """DPO: its loss by a loop and finite differences, packed log-probabilities and unpacked ones, a reference that stays, exact resume."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from dsv2.cli import main
 from dsv2.data.loader import sequential_batches
 from dsv2.errors import CheckpointError, DataError
 from dsv2.progress import read_metrics
-from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, only_pairs, reference_log_probs, train_dpo
-from dsv2.rl.preference_data import open_preferences
+from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, reference_log_probs, train_dpo
+from dsv2.rl.preference_data import only_pairs, open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection
-from dsv2.rl.preference_run import open_start
 from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.start import open_start
 from train.training_runs import require_equal, stopping_after
 
 
@@ -38,13 +39,12 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(start, pairs):
-    recipe = dpo_recipe(start)
-    return open_preferences(recipe, open_start(recipe, "lm_head").tokenizer, [pairs], form=only_pairs).rows
+    recipe, opened = open_start(dpo_recipe(start))
+    return open_preferences(recipe, opened.tokenizer, [pairs], form=only_pairs).rows
 
 
 def trained(start, pairs, out, **sections):
-    recipe = dpo_recipe(start, **sections)
-    opened = open_start(recipe, "lm_head")
+    recipe, opened = open_start(dpo_recipe(start, **sections))
     return train_dpo(recipe, opened, open_preferences(recipe, opened.tokenizer, [pairs], form=only_pairs), out)
 
 
@@ -119,6 +119,17 @@ def test_stopped_and_resumed_is_undisturbed_and_keeps_its_reference(start, pairs
     trained(start, pairs, tmp_path / "stopped")
     require_equal(tmp_path / "stopped", tmp_path / "peace")
     assert (np.load(tmp_path / "stopped" / "reference-logps.npy") == before).all()
+
+
+def test_a_damaged_start_is_refused_before_anything_is_written(start, pairs, tmp_path):
+    damaged = shutil.copytree(start, tmp_path / "damaged")
+    file = next(damaged.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged: its hash"):
+        trained(damaged, pairs, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
 def test_what_is_no_pair_or_no_reference_is_refused(start, rows, tmp_path, capsys):

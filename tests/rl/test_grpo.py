@@ -29,7 +29,7 @@ from dsv2.rl.reward_model import RewardModel, save_reward_model
 from dsv2.rl.rollout import Rollout, _Draft
 from dsv2.tokenizer.chat import render
 from dsv2.tokenizer.tokenizer import Tokenizer
-from dsv2.train.sft import open_start
+from dsv2.train.start import open_start
 from reference import grpo as reference
 
 SECTIONS = {
@@ -69,7 +69,7 @@ def recipe_of(start: Path, **sections: object) -> GrpoRecipe:
 
 
 def train(recipe: GrpoRecipe, out: Path, **more: object) -> Transformer:
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     return grpo.train(recipe, opened, open_prompts(recipe, opened.tokenizer, []), out, **more)
 
 
@@ -246,6 +246,13 @@ def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Pat
     assert max(kls[0], kls[2]) < 1e-9 < 1e-6 < min(kls[1], kls[3])
 
 
+def test_lengths_that_a_recipe_leaves_open_follow_the_model(start: Path, tmp_path: Path) -> None:
+    rollout = {"prompts": 2, "group_size": 2}
+    train(recipe_of(start, run={"steps": 1}, rollout=rollout, task=SECTIONS["task"] | {"held_out": 0}), tmp_path / "run")
+    resolved = load_recipe(str(tmp_path / "run" / "recipe.toml"), GrpoRecipe, folder="grpo")
+    assert (resolved.run.seq_len, resolved.rollout.max_tokens) == (128, 64)  # the context and half of it
+
+
 def test_a_step_without_a_score_ends_the_run(start: Path, tmp_path: Path) -> None:
     def broken(rollouts: list[Rollout]) -> list[float]:
         raise KeyError("tests")
@@ -361,7 +368,7 @@ def test_prompts_of_files_are_read_held_out_and_refused(tmp_path: Path, start: P
     ):  # fmt: skip
         assert re.search(reason, str(error.value)), reason
     kept = opened(rows + useless, held_out=3, max_refused=1)
-    assert (kept.fingerprint, len(kept.report)) == (prompts.fingerprint, 5)
+    assert (kept.fingerprint, len(kept.report)) == (prompts.fingerprint, 6)
     with pytest.raises(DataError, match=r"a.jsonl:14 takes \d+ tokens; with rollout.max_tokens = 12 that is beyond run.seq_len = 96"):
         opened(rows + useless, max_refused=1, too_long="error")
     with pytest.raises(ConfigError, match="files or from a task"):

@@ -16,7 +16,7 @@ from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.prompts import open_prompts
 from dsv2.tasks import code
 from dsv2.tokenizer.tokenizer import Tokenizer
-from dsv2.train.sft import open_start
+from dsv2.train.start import open_start
 
 SAYS = {"1": 0.0, "<<": -0.8, "=": -0.8}  # logits of all that the policy says; its end is the fourth
 
@@ -43,7 +43,7 @@ def train(start: Path, out: Path, steps: int = 2, **objective: object) -> None:
         "learning_rate": {"peak": 2e-3, "warmup_steps": 0}, "reward": [{"name": "answer"}, {"name": "code", "memory_mib": 128}],
         "rollout": {"prompts": 4, "group_size": 8, "max_tokens": 12, "tool": "calculator"}, "objective": {"kl_weight": 0.0, **objective},
     })  # fmt: skip
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(recipe)
     grpo.train(recipe, opened, open_prompts(recipe, opened.tokenizer, [start.parent / "prompts.jsonl"]), out)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dsv2.data.conversations import ReadingReport
 from dsv2.data.preferences import read_preferences, write_preferences
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import DataError
 from dsv2.progress import MetricsLog
 from dsv2.rl.outcomes import by_answer, by_tests

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from preference_runs import make_pairs, make_start, make_tokenizer, reward_recipe
+from preference_runs import dpo_recipe, make_pairs, make_start, make_tokenizer, reward_recipe
 
-from dsv2.errors import DataError
-from dsv2.rl.dpo import only_pairs
-from dsv2.rl.preference_data import open_preferences
+from dsv2.errors import ConfigError, DataError
+from dsv2.rl.preference_data import only_pairs, open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection
 from dsv2.rl.reward_training import form_of
+from dsv2.train.start import open_start
 
 
 @pytest.mark.parametrize("kind", ["pairwise", "logistic"])
@@ -53,8 +53,24 @@ def test_rows_that_a_loss_cannot_use_are_refused_and_counted(tmp_path):
         recipe = reward_recipe(start, loss={"kind": kind}, data={"max_refused": 0.05})
         report = open_preferences(recipe, tokenizer, [pairs], form=form_of(recipe.loss)).reports["training"]
         ((reason, place),) = report.first_refused.items()
-        assert f"loss.kind = '{kind}'" in reason and place.endswith(":151")
+        assert "loss.kind = 'logistic'" in reason and place.endswith(":151")
         with pytest.raises(DataError, match="1 of 151 training rows are refused"):
             open_preferences(
                 reward_recipe(start, loss={"kind": kind}, data={"max_refused": 0}), tokenizer, [pairs], form=form_of(recipe.loss)
             )
+
+
+def test_lengths_that_a_recipe_leaves_open_follow_the_model(tmp_path):
+    """A pair has a context for each of its answers; two answers that are judged one by one share no row of such a length."""
+    tokenizer = make_tokenizer()
+    start, pairs = make_start(tmp_path / "start", tokenizer), make_pairs(tmp_path / "pairs.jsonl")
+    for recipe, expected in (
+        (dpo_recipe(start, run={"seq_len": 0}), 128), (reward_recipe(start, run={"seq_len": 0}), 128),
+        (reward_recipe(start, run={"seq_len": 0}, loss={"kind": "logistic"}), 64),
+    ):  # fmt: skip
+        fitted, opened = open_start(recipe)
+        assert fitted == recipe.fitted(64) == fitted.fitted(64)
+        form = form_of(fitted.loss) if expected == 64 else only_pairs
+        assert open_preferences(fitted, opened.tokenizer, [pairs], form=form).rows.seq_len == expected
+    with pytest.raises(ConfigError, match="run.seq_len = 129 exceeds 2 x the model's context of 64 tokens"):
+        open_start(dpo_recipe(start, run={"seq_len": 129}))

@@ -21,12 +21,12 @@ from dsv2.progress import read_metrics
 from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
-from dsv2.rl.preference_run import open_start
 from dsv2.rl.reward_losses import bradley_terry, logistic
 from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
 from dsv2.rl.reward_training import RewardObjective, form_of, held_out_figures, train_reward_model
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.muon import hidden_matrices
+from dsv2.train.start import open_start
 from train.training_runs import require_equal, stopping_after
 
 
@@ -57,8 +57,7 @@ def model(start) -> RewardModel:
 
 
 def trained(start, pairs, out, **sections):
-    recipe = reward_recipe(start, **sections)
-    opened = open_start(recipe, None)
+    recipe, opened = open_start(reward_recipe(start, **sections), None)
     data = open_preferences(recipe, opened.tokenizer, [pairs], form=form_of(recipe.loss))
     return train_reward_model(recipe, opened, data, out), data
 
@@ -150,8 +149,8 @@ def test_a_reward_model_that_does_not_fit_is_refused_at_once(model, start, tmp_p
 
 
 def test_a_packed_batch_has_the_loss_of_its_pairs_alone(start, pairs, model):
-    recipe = reward_recipe(start)
-    rows = open_preferences(recipe, open_start(recipe, None).tokenizer, [pairs], form=form_of(recipe.loss)).rows
+    recipe, opened = open_start(reward_recipe(start), None)
+    rows = open_preferences(recipe, opened.tokenizer, [pairs], form=form_of(recipe.loss)).rows
     scores = model.score([tokens.tolist() for tokens in rows.answers.tokens])
     expected = sum(math.log1p(math.exp(bad - good)) for good, bad in zip(scores[::2], scores[1::2], strict=True))
     objective = RewardObjective(RewardLossSection(), rows)

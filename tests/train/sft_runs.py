@@ -10,9 +10,10 @@ from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.presets import preset
 from dsv2.tokenizer.tokenizer import Tokenizer
-from dsv2.train.sft import fine_tune, open_start
+from dsv2.train.sft import fine_tune
 from dsv2.train.sft_data import ConversationData, open_conversations
 from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import open_start
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 16,
@@ -54,6 +55,6 @@ def sft_recipe(start: Path, **sections: object) -> SftRecipe:
 
 
 def run_sft(recipe: SftRecipe, chats: Path, out: Path, **more: object) -> tuple[Transformer, ConversationData]:
-    start = open_start(recipe.model, recipe.run.seq_len)
+    recipe, start = open_start(recipe)
     data = open_conversations(recipe, start.tokenizer, [chats])
     return fine_tune(recipe, start, data, out, **more), data

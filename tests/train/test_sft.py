@@ -20,9 +20,9 @@ from dsv2.progress import read_metrics
 from dsv2.samples import answer_sampler
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.losses import token_nll
-from dsv2.train.sft import open_start
 from dsv2.train.sft_data import open_conversations
 from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import open_start
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -40,8 +40,8 @@ def chats(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(start, chats):
     """A model, a row of at least three samples, and its rows."""
-    recipe = sft_recipe(start)
-    rows = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [chats]).rows
+    recipe, opened = open_start(sft_recipe(start))
+    rows = open_conversations(recipe, opened.tokenizer, [chats]).rows
     index = max(range(len(rows)), key=lambda n: len(rows.members(n)))
     assert len(rows.members(index)) >= 3
     return load_model(start), rows, index
@@ -99,8 +99,7 @@ def test_stopped_and_resumed_is_undisturbed(start, chats, tmp_path, monkeypatch,
 
 
 def test_it_learns_validates_and_answers(start, chats, tmp_path):
-    recipe = sft_recipe(start, run={"epochs": 4}, samples={"prompts": ["river"], "max_tokens": 8})
-    opened = open_start(recipe.model, recipe.run.seq_len)
+    recipe, opened = open_start(sft_recipe(start, run={"epochs": 4}, samples={"prompts": ["river"], "max_tokens": 8}))
     run_sft(recipe, chats, tmp_path, sample=answer_sampler(recipe, 64, opened.tokenizer))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -114,8 +113,8 @@ def test_held_out_conversations_are_not_trained_on(start, tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": [*turns, {"role": "user", "content": str(n)}, {"role": "assistant", "content": "c"}]} for n in range(50)]
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
-    recipe = sft_recipe(start, data={"validation_share": 0.3})
-    data = open_conversations(recipe, open_start(recipe.model, recipe.run.seq_len).tokenizer, [tmp_path / "twice.jsonl"])
+    recipe, opened = open_start(sft_recipe(start, data={"validation_share": 0.3}))
+    data = open_conversations(recipe, opened.tokenizer, [tmp_path / "twice.jsonl"])
 
     def texts(rows: ConversationRows) -> set[bytes]:
         return {tokens.tobytes() for tokens in rows.samples.tokens}
@@ -130,8 +129,8 @@ def test_documents_that_are_too_long_are_no_refused_conversations(start, chats, 
     for name, text in (("long", "def f(x): return x\n" * 200), ("short", "a = 1\n")):
         for number in range(30):
             (tmp_path / f"{name}-{number}.txt").write_text(f"{number}\n{text}")
-    recipe = sft_recipe(start, data={"fim_share": 0.2, "too_long": "cut"})
-    data = open_conversations(recipe, open_start(recipe.model, 48).tokenizer, [chats], fim_documents=[tmp_path])
+    recipe, opened = open_start(sft_recipe(start, data={"fim_share": 0.2, "too_long": "cut"}))
+    data = open_conversations(recipe, opened.tokenizer, [chats], fim_documents=[tmp_path])
     assert data.fim.used == round(0.2 * len(data.rows.samples)) and data.fim.too_long > 4  # 5 % of the conversations
     assert not data.reports["training"].refused
 
@@ -140,17 +139,15 @@ def test_validation_that_is_too_long_says_so_and_a_share_of_it_is_left_out(start
     long = tmp_path / "long.jsonl"
     turns = [{"role": "user", "content": "a " * 200}, {"role": "assistant", "content": "b"}]
     long.write_text("".join(json.dumps({"messages": [{"role": "user", "content": str(n)}, *turns]}) + "\n" for n in range(50)))
-    recipe = sft_recipe(start, data={"too_long": "refuse", "validation_share": 0.2, "max_refused": 1})
-    tokenizer = open_start(recipe.model, 48).tokenizer
-    assert list(open_conversations(recipe, tokenizer, [chats, long]).held_out) == ["chats"]
+    recipe, opened = open_start(sft_recipe(start, data={"too_long": "refuse", "validation_share": 0.2, "max_refused": 1}))
+    assert list(open_conversations(recipe, opened.tokenizer, [chats, long]).held_out) == ["chats"]
     with pytest.raises(DataError, match="no conversation is left to validate on: .*longer than a row of 48 tokens"):
-        open_conversations(recipe, tokenizer, [chats], validation=[long])
+        open_conversations(recipe, opened.tokenizer, [chats], validation=[long])
 
 
 def test_what_does_not_fit_is_said_before_anything_is_written(start, chats, tmp_path):
     with pytest.raises(ConfigError, match="run.seq_len = 128 exceeds the model's context of 64"):
-        opened = sft_recipe(start, run={"seq_len": 128})
-        open_start(opened.model, opened.run.seq_len)
+        open_start(sft_recipe(start, run={"seq_len": 128}))
     with pytest.raises(ConfigError, match="a batch takes 512"):
         run_sft(sft_recipe(start, batch={"sequences": 512, "micro_sequences": 2}), chats, tmp_path / "run")
     with pytest.raises(ConfigError, match="'mlp.nothing' names no matrix"):
@@ -168,6 +165,12 @@ def test_other_conversations_or_another_start_are_refused_on_resuming(corpus, st
         run_sft(recipe, make_chats(tmp_path / "more.jsonl", 81), tmp_path / "run")
     with pytest.raises(ConfigError, match="another recipe; different: model.start"):
         run_sft(sft_recipe(make_start(tmp_path / "other", corpus.tokenizer, 1), run={"epochs": 0.5}), chats, tmp_path / "run")
+
+
+def test_a_recipe_without_a_length_has_the_models(start, chats, tmp_path):
+    _, data = run_sft(sft_recipe(start, run={"seq_len": 0, "epochs": 0.5}), chats, tmp_path)
+    assert data.rows.seq_len == 64
+    assert load_recipe(str(tmp_path / "recipe.toml"), SftRecipe, folder="sft").run.seq_len == 64
 
 
 def test_the_command_takes_a_model_or_a_recipe(start, chats, tmp_path, capsys):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv2.data.conversation_rows import Samples
-from dsv2.data.conversations import Conversation, ReadingReport
+from dsv2.data.conversations import Conversation
 from dsv2.data.fim import cut
 from dsv2.data.order import permute
 from dsv2.data.recipe import FimRules
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import ConfigError
 from dsv2.tokenizer.chat import render_fim
 from dsv2.tokenizer.tokenizer import Tokenizer

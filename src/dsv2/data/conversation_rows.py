@@ -12,15 +12,16 @@ Rows are filled by best fit: the longest sample first, each into the fullest row
 
 import bisect
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dsv2.data.conversations import Conversation, ReadingReport
+from dsv2.data.conversations import Conversation, Tool
 from dsv2.data.packing import IGNORE, PackedRow
+from dsv2.data.rows import ReadingReport, Refused
 from dsv2.errors import ConfigError, DataError
 from dsv2.tokenizer.chat import Rendered, Template, render
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -99,6 +100,28 @@ class Samples:
         return digest.hexdigest()
 
 
+def render_row(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: Template | None = None,
+    tools: Sequence[Tool] = (),
+    add_generation_prompt: bool = False,
+) -> Rendered:
+    """Render what a row of a file holds; arguments as of ``tokenizer.chat.render``.
+
+    Raises:
+        Refused: a message cannot be rendered, or there are tools and the template has no words for them.
+        ConfigError: the template does not fit the tokenizer.
+    """
+    if tools and (template or tokenizer.template) == "v2":
+        raise Refused("it has tools, which the template v2 cannot write")
+    try:
+        return render(tokenizer, messages, template=template, tools=tools, add_generation_prompt=add_generation_prompt)
+    except DataError as error:
+        raise Refused(error.message) from error
+
+
 def render_samples(
     conversations: Iterable[Conversation],
     tokenizer: Tokenizer,
@@ -124,13 +147,10 @@ def render_samples(
     """
     domains: dict[str, Samples] = {}
     for conversation in conversations:
-        if conversation.tools and (template or tokenizer.template) == "v2":
-            report.refuse("it has tools, which the template v2 cannot write", conversation.place)
-            continue
         try:
-            rendered = render(tokenizer, conversation.messages, template=template, tools=conversation.tools)
-        except DataError as error:
-            report.refuse(error.message, conversation.place)
+            rendered = render_row(tokenizer, conversation.messages, template=template, tools=conversation.tools)
+        except Refused as reason:
+            report.refuse(str(reason), conversation.place)
             continue
         domains.setdefault(conversation.domain, Samples()).add(rendered, conversation.place, seq_len, too_long, report)
     return {domain: samples for domain, samples in domains.items() if len(samples)}

@@ -11,27 +11,23 @@ assistant's turn before it. A row that does not make a conversation is refused, 
 """
 
 import json
-import sys
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2.data.decompress import DECOMPRESS, import_extra, split_lines
-from dsv2.data.documents import SURROGATES, SourceFile, damaged, parse_row, source_files
-from dsv2.errors import DataError, did_you_mean
+from dsv2.data.documents import SURROGATES
+from dsv2.data.rows import ReadingReport, Refused, Row, read_rows
+from dsv2.errors import did_you_mean
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "tool_call": "tool_call", "function_call": "tool_call", "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-READABLE = ".jsonl (also with .gz or .zst) and .parquet"
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Message = dict[str, Any]
+Tool = Mapping[str, Any]  # a function's schema in OpenAI's form
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,70 +42,9 @@ class Conversation:
     """
 
     messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...]
+    tools: tuple[Tool, ...]
     domain: str
     place: str
-
-
-@dataclass(slots=True)
-class ReadingReport:
-    """What became of the rows of some files; grows while they are read.
-
-    Attributes:
-        noun: what the rows are to be, in words.
-        rows: how many there were.
-        read: rows that gave a conversation, by form.
-        refused: rows that did not, by reason.
-        first_refused: place of the first row of each reason.
-        unused_fields: fields that mean nothing here, and in how many rows.
-    """
-
-    noun: str = "conversations"
-    rows: int = 0
-    read: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    first_refused: dict[str, str] = field(default_factory=dict)
-    unused_fields: Counter[str] = field(default_factory=Counter)
-
-    def refuse(self, reason: str, place: str) -> None:
-        """Count a row that is not used."""
-        self.refused[reason] += 1
-        self.first_refused.setdefault(reason, place)
-
-    def require_few_refused(
-        self, name: str, most: float, *, section: str = "data", room: str = "raise run.seq_len or set data.too_long=cut"
-    ) -> None:
-        """Refuse files of which too little can be used.
-
-        Args:
-            name: of the files, for the message.
-            most: share of the rows that may be refused.
-            section: of the recipe that says so, for the message.
-            room: how rows that are too long are made to fit, for the hint.
-
-        Raises:
-            DataError: more are.
-        """
-        refused = self.refused.total()
-        if refused > most * self.rows:
-            raise DataError(
-                f"{refused:,} of {self.rows:,} {name} rows are refused, more than {section}.max_refused = {most:g}:\n  "
-                + "\n  ".join(self.lines()[1:]),
-                hint=f"mend the rows, {room} where they are too long, or raise {section}.max_refused",
-            )
-
-    def lines(self) -> list[str]:
-        """Return the report as lines of text."""
-        forms = ", ".join(f"{count:,} as {form}" for form, count in self.read.most_common()) or "none"
-        found = [f"{self.rows:,} rows, {self.read.total():,} of them {self.noun}: {forms}"]
-        found += [f"{count:,} rows refused: {reason} (first: {self.first_refused[reason]})" for reason, count in self.refused.most_common()]
-        if self.unused_fields:
-            found.append("fields without a use here: " + ", ".join(f"{name} ({n:,})" for name, n in self.unused_fields.most_common(8)))
-        return found
-
-
-class Refused(Exception):
-    """A row is no conversation; the text says why, in words that are equal for equal faults."""
 
 
 def read_conversations(paths: Sequence[str | Path], report: ReadingReport) -> Iterator[Conversation]:
@@ -119,81 +54,35 @@ def read_conversations(paths: Sequence[str | Path], report: ReadingReport) -> It
         DataError: a path is missing, a file is damaged or of another kind, a line is no JSON object; or no row is a conversation.
         MissingExtra: .parquet without pyarrow, .zst without zstandard.
     """
-    given = [str(path) for path in paths]
-    files, _ = source_files(given)
-    for file in files:
-        if file.layout == "text":
-            raise DataError(f"{file} holds text, not conversations", hint=f"readable are {READABLE}")
-        for number, row in rows_of(file):
-            place = f"{file}:{number}"
-            report.rows += 1
-            try:
-                form, messages, tools = conversation_of(row, report)
-            except Refused as reason:
-                report.refuse(str(reason), place)
-                continue
-            report.read[form] += 1
-            domain = row.get("domain")
-            yield Conversation(tuple(messages), tuple(tools), domain if isinstance(domain, str) and domain else file.domain, place)
-    if not report.read:
-        seen = "; ".join(report.lines()[1:]) or "no rows"
-        raise DataError(f"no conversation in {', '.join(given) or 'no file'}: {seen}", hint="docs/sft.md shows the forms that are read")
+    return read_rows(paths, report, _conversation, forms="docs/sft.md")
 
 
-def rows_of(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and the fields of each row; a blank line has a number and is left out."""
-    if file.layout == "parquet":
-        yield from enumerate(_parquet(file), 1)
-        return
-    try:
-        with nullcontext(sys.stdin.buffer) if file.path is None else file.path.open("rb") as raw:
-            for number, line in enumerate(split_lines(DECOMPRESS[file.compression](raw)), 1):
-                row = parse_row(_decode(line, file, number), f"{file}:{number}")
-                if row is not None:
-                    yield number, row
-    except (EOFError, OSError, zlib.error) as error:
-        raise damaged(file, error) from error
+def _conversation(row: Row) -> tuple[str, Collection[str], Conversation]:
+    for form, needed, optional, turns in _FORMS:
+        if all(name in row.fields for name in needed):
+            messages, tools = _whole(turns(row.fields), row.fields.get("tools"))
+            return form, {*needed, *optional, "tools", "domain"}, Conversation(messages, tools, row.domain, row.place)
+    raise Refused(f"no known form; its fields are {', '.join(sorted(row.fields)[:8]) or 'none'}")
 
 
-def _decode(line: bytes, file: SourceFile, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}:{number}: invalid UTF-8 at byte {error.start} of the line", hint="convert the file to UTF-8") from None
+def conversation_of(messages: Any, tools: Any = None) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
+    """Return messages and tools, given as a row of the form "messages" has them, as ``tokenizer/chat.py`` takes them.
+
+    Raises:
+        Refused: they make no conversation.
+    """
+    return _whole(_of_messages({"messages": messages}), tools)
 
 
-def _parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
-    pyarrow = import_extra("pyarrow", f"reading {file}")
-    parquet = import_extra("pyarrow.parquet", f"reading {file}")
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(file, error) from error
+def _whole(messages: Sequence[Message], tools: Any) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
+    joined = _joined(messages)
+    answers = [message for message in joined if message["role"] == "assistant"]
+    if answers and not any(map(_says_something, answers)):
+        raise Refused("the assistant's turns are all empty")
+    return tuple(joined), tuple(_tools(tools))
 
 
 # Rows --------------------------------------------------------------------------------------------------------------------------------
-
-
-def conversation_of(row: Mapping[str, Any], report: ReadingReport) -> tuple[str, list[Message], list[Mapping[str, Any]]]:
-    """Return a row's form, messages and tools, and count in ``report`` the fields without a use.
-
-    Raises:
-        Refused: it is no conversation.
-    """
-    present = {name: value for name, value in row.items() if value is not None}  # parquet fills absent fields with null
-    for form, needed, optional, turns in _FORMS:
-        if all(name in present for name in needed):
-            known = {*needed, *optional, "tools", "domain"}
-            report.unused_fields.update(name for name in present if name not in known)
-            messages = _joined(turns(present))
-            answers = [message for message in messages if message["role"] == "assistant"]
-            if answers and not any(map(_says_something, answers)):
-                raise Refused("the assistant's turns are all empty")
-            return form, messages, _tools(present.get("tools"))
-    fields = ", ".join(sorted(present)[:8]) or "none"
-    raise Refused(f"no known form; its fields are {fields}")
 
 
 def _of_messages(row: Mapping[str, Any]) -> list[Message]:
@@ -283,11 +172,11 @@ def _json(text: str, name: str) -> Any:
         raise Refused(f"{name} is no valid JSON") from None
 
 
-def _tools(value: Any) -> list[Mapping[str, Any]]:
+def _tools(value: Any) -> list[Tool]:
     """Return function schemas in OpenAI's form; they come also as JSON text, or without the outer {type, function}."""
     if isinstance(value, str):
         value = _json(value, "tools") if value.strip() else []
-    tools: list[Mapping[str, Any]] = []
+    tools: list[Tool] = []
     for tool in _list(value or [], "tools"):
         if not isinstance(tool, Mapping):
             raise Refused("a tool is no object")

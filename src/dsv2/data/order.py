@@ -1,6 +1,8 @@
 """Chance that is computed, not stored: the permutation that shuffles rows, one for each epoch and seed, and a lot for each sample."""
 
 import hashlib
+import json
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
@@ -51,9 +53,19 @@ def lots(samples: Int64[np.ndarray, "samples"], *, seed: int) -> Float64[np.ndar
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+def canonical(value: Any) -> str:
+    """Return a value of JSON as a text that is the same wherever the value stands and however its fields are ordered."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def content_lot(content: str) -> int:
+    """Return 64 bits that a text alone decides, so that two of the same are on one side of every split."""
+    return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
 def drawn_by_content(content: str, share: float) -> bool:
-    """Tell whether a text belongs to a share of all texts: by its content alone, so that two of the same are on one side of a split."""
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") < share * 2**64
+    """Tell whether a text belongs to a share of all texts: those of the lowest lots."""
+    return content_lot(content) < share * 2**64
 
 
 def mix(values: UInt64[np.ndarray, "samples"]) -> UInt64[np.ndarray, "samples"]:

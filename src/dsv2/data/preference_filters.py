@@ -2,19 +2,17 @@
 section 4.2; neither the filters nor the proportions are published, so these are ours).
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from dsv2.data.order import canonical, content_lot
 from dsv2.data.preferences import Answer, Preference
 from dsv2.errors import ConfigError, did_you_mean
 
 
 def content_hash(preference: Preference) -> int:
     """Return 64 bits that the answers alone decide, in whichever order: the two directions of a comparison have the same."""
-    parts = sorted(_text(answer) for answer in preference.answers)
-    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+    return content_lot("\0".join(sorted(_text(answer) for answer in preference.answers)))
 
 
 def filtered(
@@ -79,7 +77,7 @@ def _copies(weight: float, place: float) -> int:
 
 
 def _text(answer: Answer) -> str:
-    return json.dumps([answer.prompt, answer.messages, answer.tools], sort_keys=True, ensure_ascii=False)
+    return canonical([answer.prompt, answer.messages, answer.tools])
 
 
 def _verdict(preference: Preference) -> str:

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float64, Int32
 
-from dsv2.data.conversation_rows import TooLong, best_fit
-from dsv2.data.conversations import ReadingReport
+from dsv2.data.conversation_rows import TooLong, best_fit, render_row
 from dsv2.data.packing import IGNORE, PackedRow
 from dsv2.data.preferences import Answer, Preference
-from dsv2.errors import DataError
-from dsv2.tokenizer.chat import Template, render
+from dsv2.data.rows import ReadingReport, Refused
+from dsv2.tokenizer.chat import Template
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 PADDING = -1  # document id of the places that stay empty
@@ -45,10 +44,8 @@ class JudgedAnswers:
     groups: list[tuple[int, int]] = field(default_factory=list)
     cut: int = 0
 
-    def add(
-        self, preference: Preference, tokenizer: Tokenizer, *, template: Template | None, longest: int, too_long: TooLong
-    ) -> str | None:
-        """Append a preference; or return why it is refused.
+    def add(self, preference: Preference, tokenizer: Tokenizer, *, template: Template | None, longest: int, too_long: TooLong) -> None:
+        """Append a preference.
 
         Args:
             preference: of one or two answers.
@@ -56,19 +53,18 @@ class JudgedAnswers:
             template: None: the tokenizer's own.
             longest: tokens of the longest conversation that is taken.
             too_long: what becomes of a longer one: refused, or it loses the beginning of its prompt.
+
+        Raises:
+            Refused: it cannot be rendered, or is too long.
+            ConfigError: the template does not fit the tokenizer.
         """
-        rendered = []
-        for answer in preference.answers:
-            try:
-                rendered.append(render_answer(answer, tokenizer, template))
-            except DataError as error:
-                return error.message
+        rendered = [render_answer(answer, tokenizer, template) for answer in preference.answers]
         beyond = max(len(tokens) for tokens, _ in rendered) - longest
         if beyond > 0:
             if too_long == "refuse":
-                return f"a conversation is longer than {longest} tokens"
+                raise Refused(f"a conversation is longer than {longest} tokens")
             if any(len(learn) > longest and 2 * (len(learn) - int(learn.argmax())) > longest for _, learn in rendered):
-                return f"an answer is longer than {longest // 2} tokens"
+                raise Refused(f"an answer is longer than {longest // 2} tokens")
             # All answers lose the same part of their prompt: two that are compared answer one question.
             kept = [np.delete(np.arange(len(tokens)), slice(1, 1 + beyond)) for tokens, _ in rendered]  # BOS stays
             rendered = [(tokens[places], learn[places]) for (tokens, learn), places in zip(rendered, kept, strict=True)]
@@ -78,7 +74,6 @@ class JudgedAnswers:
             self.tokens.append(tokens)
             self.learn.append(learn)
         self.scores += [1.0, 0.0] if preference.score is None else [preference.score]
-        return None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -103,11 +98,11 @@ def render_answer(
     """Return the ids of an answered conversation, and which of them are the answer's own.
 
     Raises:
-        DataError: a message cannot be rendered.
+        Refused: a message cannot be rendered, or there are tools and the template has no words for them.
         ConfigError: the template does not fit the tokenizer.
     """
-    whole = render(tokenizer, [*answer.prompt, *answer.messages], template=template, tools=answer.tools)
-    before = render(tokenizer, answer.prompt, template=template, tools=answer.tools, add_generation_prompt=True).tokens
+    whole = render_row(tokenizer, [*answer.prompt, *answer.messages], template=template, tools=answer.tools)
+    before = render_row(tokenizer, answer.prompt, template=template, tools=answer.tools, add_generation_prompt=True).tokens
     learn = np.array(whole.loss_mask, dtype=bool)
     learn[: len(os.path.commonprefix([before, whole.tokens]))] = False  # what the assistant said earlier in the conversation
     return np.array(whole.tokens, dtype=np.int32), learn
@@ -132,9 +127,10 @@ def render_preferences(
     judged = JudgedAnswers()
     for preference in preferences:
         longest = seq_len // len(preference.answers)
-        reason = judged.add(preference, tokenizer, template=template, longest=longest, too_long=too_long)
-        if reason is not None:
-            report.refuse(reason, preference.place)
+        try:
+            judged.add(preference, tokenizer, template=template, longest=longest, too_long=too_long)
+        except Refused as reason:
+            report.refuse(str(reason), preference.place)
     return judged
 
 

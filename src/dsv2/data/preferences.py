@@ -11,14 +11,13 @@ is named.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2.data.conversations import READABLE, Message, ReadingReport, Refused, conversation_of, rows_of
-from dsv2.data.documents import source_files
-from dsv2.errors import DataError
+from dsv2.data.conversations import Message, Tool, conversation_of
+from dsv2.data.rows import ReadingReport, Refused, Row, read_rows
 from dsv2.files import atomic_write
 
 _PROMPTS, _KNOWN = ("messages", "prompt"), {"messages", "prompt", "chosen", "rejected", "completion", "label", "score", "tools", "domain"}
@@ -36,7 +35,7 @@ class Answer:
 
     prompt: tuple[Message, ...]
     messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,43 +67,29 @@ def read_preferences(paths: Sequence[str | Path], report: ReadingReport) -> Iter
         DataError: a path is missing, a file is damaged or of another kind, a line is no JSON object; or no row is a judgement.
         MissingExtra: .parquet without pyarrow, .zst without zstandard.
     """
-    given = [str(path) for path in paths]
-    for file in source_files(given)[0]:
-        if file.layout == "text":
-            raise DataError(f"{file} holds text, not preferences", hint=f"readable are {READABLE}")
-        for number, row in rows_of(file):
-            place = f"{file}:{number}"
-            report.rows += 1
-            try:
-                form, answers, score = judged(row)
-            except Refused as reason:
-                report.refuse(str(reason), place)
-                continue
-            report.read[form] += 1
-            report.unused_fields.update(name for name, value in row.items() if value is not None and name not in _KNOWN)
-            domain = row.get("domain")
-            yield Preference(answers, score, domain if isinstance(domain, str) and domain else file.domain, place)
-    if not report.read:
-        seen = "; ".join(report.lines()[1:]) or "no rows"
-        raise DataError(f"no preference in {', '.join(given) or 'no file'}: {seen}", hint="docs/reward.md shows the forms that are read")
+    return read_rows(paths, report, _preference, forms="docs/reward.md")
 
 
-def judged(row: Mapping[str, Any]) -> tuple[str, tuple[Answer, ...], float | None]:
+def _preference(row: Row) -> tuple[str, Collection[str], Preference]:
+    form, answers, score = _judged(row.fields)
+    return form, _KNOWN, Preference(answers, score, row.domain, row.place)
+
+
+def _judged(row: Mapping[str, Any]) -> tuple[str, tuple[Answer, ...], float | None]:
     """Return a row's form, its answers, and the score of a single one.
 
     Raises:
         Refused: it is no judgement of answers.
     """
-    present = {name: value for name, value in row.items() if value is not None}  # parquet fills absent fields with null
-    if "chosen" in present and "rejected" in present:
-        answers = _pair(present)
+    if "chosen" in row and "rejected" in row:
+        answers = _pair(row)
         if answers[0] == answers[1]:
             raise Refused("chosen and rejected are equal")
         return "pair", answers, None
-    form = next((name for name in ("label", "score") if name in present), None)
-    if form is None or not any(name in present for name in _PROMPTS):
-        raise Refused(f"no known form; its fields are {', '.join(sorted(present)[:8]) or 'none'}")
-    return form, (_single(present),), _score(present[form], form)
+    form = next((name for name in ("label", "score") if name in row), None)
+    if form is None or not any(name in row for name in _PROMPTS):
+        raise Refused(f"no known form; its fields are {', '.join(sorted(row)[:8]) or 'none'}")
+    return form, (_single(row),), _score(row[form], form)
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[Answer, ...]:
@@ -145,19 +130,14 @@ def _answer(prompt: list[Any], turns: list[Any], tools: Any) -> Answer:
     """Check both parts as one conversation, and cut it again."""
     if not prompt:
         raise Refused("there is no prompt")
-    before, checked_tools = _checked(prompt, tools)
-    whole, _ = _checked([*prompt, *turns], tools)
-    messages = tuple(whole[len(before) :])
+    before, checked_tools = conversation_of(prompt, tools)
+    whole, _ = conversation_of([*prompt, *turns], tools)
+    messages = whole[len(before) :]
     if whole[: len(before)] != before or not messages or messages[-1]["role"] != "assistant":
         raise Refused("the answer does not end with a turn of the assistant")
     if not messages[-1].get("tool_calls") and not (messages[-1].get("content") or "").strip():
         raise Refused("an answer is empty")
-    return Answer(tuple(before), messages, checked_tools)
-
-
-def _checked(messages: list[Any], tools: Any) -> tuple[list[Message], tuple[Mapping[str, Any], ...]]:
-    _, found, known_tools = conversation_of({"messages": messages, "tools": tools}, ReadingReport())
-    return found, tuple(known_tools)
+    return Answer(before, messages, checked_tools)
 
 
 def _score(value: Any, name: str) -> float:

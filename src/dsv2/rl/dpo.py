@@ -19,23 +19,22 @@ from torch import Tensor
 from dsv2.checkpoint.huggingface import fill_model
 from dsv2.checkpoint.source import FolderSource
 from dsv2.data.batch import IGNORE, Batch
-from dsv2.data.conversations import Refused
 from dsv2.data.loader import sequential_batches
 from dsv2.data.preference_rows import PreferenceRows
-from dsv2.data.preferences import Preference
 from dsv2.errors import CheckpointError
 from dsv2.files import atomic_file
 from dsv2.kernels import linear_log_probs
 from dsv2.model.router import RouterStats
 from dsv2.model.transformer import Transformer
 from dsv2.progress import bar
-from dsv2.rl.preference_data import PreferenceData, open_preferences
+from dsv2.rl.preference_data import PreferenceData, only_pairs, open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection, DpoRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, fitted, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, by_figure, run_preferences
 from dsv2.rl.reward_model import ends
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
 from dsv2.train.run_folder import load_stage_recipe, require_resume
+from dsv2.train.start import Start, open_start
 
 REFERENCE = "reference-logps{}.npy"  # in the run's folder: of the training answers, and of each held-out domain
 Pairs = Float[Tensor, " pairs"]
@@ -69,8 +68,7 @@ def run(
     """
     recipe = load_stage_recipe(target, DpoRecipe, "dpo", overrides)
     require_resume(out, resume)
-    start = open_start(recipe, "lm_head")
-    recipe = fitted(recipe, start, answers=2)
+    recipe, start = open_start(recipe)
     pairs = open_preferences(recipe, start.tokenizer, data, validation=validation, form=only_pairs)
     train_dpo(recipe, start, pairs, out, tensorboard=tensorboard)
 
@@ -101,23 +99,12 @@ def train_dpo(recipe: DpoRecipe, start: Start, data: PreferenceData, out: Path, 
 
     smoothing = f", label smoothing {recipe.loss.label_smoothing:g}" if recipe.loss.label_smoothing else ""
     stage = Stage(
-        model=lambda start: Transformer(start.opened.config),
+        model=lambda start: Transformer(start.config),
         fill=lambda model, start: fill_model(model, FolderSource(start.opened)),
         objective=objective,
         loss=f"DPO, beta {recipe.loss.beta_dpo:g}{smoothing}",
     )
     return run_preferences(recipe, start, data, out, stage, tensorboard=tensorboard)
-
-
-def only_pairs(preference: Preference) -> list[Preference]:
-    """Return a pair as it is.
-
-    Raises:
-        Refused: it is a single answer.
-    """
-    if not preference.is_pair:
-        raise Refused("it is one answer with a score; DPO learns from pairs, chosen and rejected")
-    return [preference]
 
 
 # The loss --------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dsv2.model.transformer import Transformer
 from dsv2.progress import bar, say
 from dsv2.rl.batch import Batch
 from dsv2.rl.evaluate import evaluate
-from dsv2.rl.grpo_recipe import GrpoRecipe, fitted, objective_of
+from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
 from dsv2.rl.grpo_shown import ROLLOUTS, RunLog, on_the_bar, print_plan, print_sample
 from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
@@ -44,8 +44,7 @@ from dsv2.train.optimizer import make_optimizer, optimizer_tensors
 from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.run_folder import begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
-from dsv2.train.sft import StartModel, open_start
-from dsv2.train.start import begin_weights, start_hash
+from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
 _UNHURRIED_S = 1e6  # of an engine step: with a bound in seconds, which prompts share a step would depend on the clock
 _ALARM = {"fp32": 1e-5, "bf16": 0.05}  # of the mean difference, nats
@@ -71,8 +70,7 @@ def run(
     """
     recipe = load_stage_recipe(target, GrpoRecipe, "grpo", overrides)
     require_resume(out, resume)
-    start = open_start(recipe.model, recipe.run.seq_len)
-    recipe = fitted(recipe, start.config.max_position_embeddings)
+    recipe, start = open_start(recipe)
     prompts = open_prompts(recipe, start.tokenizer, data)
     for line in prompts.report:
         say(f"prompts: {line}")
@@ -80,7 +78,7 @@ def run(
 
 
 def train(
-    recipe: GrpoRecipe, start: StartModel, prompts: Prompts, out: Path, *, tensorboard: bool = False, rewards: Rewards | None = None
+    recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, *, tensorboard: bool = False, rewards: Rewards | None = None
 ) -> Transformer:
     """Train the policy, or go on training it; return it.
 
@@ -102,9 +100,7 @@ def train(
 
 
 class _Run:
-    def __init__(
-        self, recipe: GrpoRecipe, start: StartModel, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None
-    ) -> None:
+    def __init__(self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
         begins_from, judges = start_hash(start.folder), {} if rewards else reward_models(recipe.reward)

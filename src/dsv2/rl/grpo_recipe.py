@@ -1,6 +1,6 @@
 """The recipe of GRPO as data."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_serializer
 
@@ -11,12 +11,10 @@ from dsv2.rl.supervision import Supervision
 from dsv2.train.loop import PaceSection
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
-from dsv2.train.recipe import StageRecipe
-from dsv2.train.run_folder import with_seq_len
 from dsv2.train.schedule import LearningRate
-from dsv2.train.sft_recipe import StartSection
+from dsv2.train.tuning_recipe import TuningRecipe
 
-MOST_TOKENS = 1024  # of a prompt with its answer where no recipe says
+T = TypeVar("T", bound="GrpoRecipe")
 
 
 class GrpoRunSection(PaceSection):
@@ -24,7 +22,9 @@ class GrpoRunSection(PaceSection):
 
     steps: int = Field(gt=0, description="batches of rollouts that are drawn and learned from")
     seq_len: int = Field(
-        default=0, ge=0, description=f"most tokens of a prompt with its answer; absent: the model's context, at most {MOST_TOKENS:,}"
+        default=0,
+        ge=0,
+        description=f"most tokens of a prompt with its answer; absent: the model's context, at most {TuningRecipe.most_places:,}",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32", description="of the trainer's products; with bf16 its log-probabilities are further from the engine's"
@@ -87,13 +87,12 @@ class GrpoBalanceSection(BalanceSection):
     expert: float = Field(default=0.0, ge=0, description="alpha_1, evens the load of experts")
 
 
-class GrpoRecipe(StageRecipe):
+class GrpoRecipe(TuningRecipe):
     """A run of GRPO: the policy, its prompts, what is rewarded, and the values that go with them."""
 
     run: GrpoRunSection
     learning_rate: LearningRate
     reward: tuple[RewardSection, ...] = Field(description="What is rewarded, and with what weight.")
-    model: StartSection = StartSection()
     task: TaskSection = TaskSection()
     preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
         default=None, description="a paper's objective, but for what [objective] states"
@@ -117,17 +116,15 @@ class GrpoRecipe(StageRecipe):
         """Return the objective as it is used."""
         return {"objective": objective_of(self)}
 
+    def fitted(self: T, context: int) -> T:
+        """Return the recipe with all its lengths as numbers.
 
-def fitted(recipe: GrpoRecipe, context: int) -> GrpoRecipe:
-    """Return a recipe whose lengths are numbers: what it leaves open is derived from the model's context.
-
-    Args:
-        recipe: as it was loaded.
-        context: tokens that the model holds.
-    """
-    recipe = with_seq_len(recipe, context, most=MOST_TOKENS)
-    longest = recipe.rollout.max_tokens or recipe.run.seq_len // 2
-    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_tokens": longest})})
+        Raises:
+            ConfigError: a prompt with its answer may be longer than the context.
+        """
+        fitted = super().fitted(context)
+        longest = fitted.rollout.max_tokens or fitted.run.seq_len // 2
+        return fitted.model_copy(update={"rollout": fitted.rollout.model_copy(update={"max_tokens": longest})})
 
 
 def objective_of(recipe: GrpoRecipe) -> Objective:

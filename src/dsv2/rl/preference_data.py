@@ -1,17 +1,16 @@
 """What a run on preferences reads: packed answers, held-out ones, and how they came about."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv2.data.conversations import ReadingReport, Refused
-from dsv2.data.order import drawn_by_content
+from dsv2.data.order import canonical, drawn_by_content
 from dsv2.data.preference_filters import filtered, in_proportion
 from dsv2.data.preference_rows import JudgedAnswers, PreferenceRows, render_preferences
 from dsv2.data.preferences import Preference, read_preferences
+from dsv2.data.rows import ReadingReport, Refused
 from dsv2.errors import DataError
 from dsv2.rl.preference_recipe import PreferenceRecipe
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -83,10 +82,12 @@ def open_preferences(
             preferences, tokenizer, template=section.template, seq_len=recipe.run.seq_len, too_long=section.too_long, report=reports[name]
         )
 
-    training = read("training", paths)
-    held = read("validation", validation) if validation else [one for one in training if _is_held_out(one, share)]
-    if not validation:
-        training = [one for one in training if not _is_held_out(one, share)]
+    def is_held_out(preference: Preference) -> bool:
+        return drawn_by_content(canonical(preference.answers[0].prompt), share)  # no prompt is on both sides
+
+    given = read("training", paths)
+    training = [one for one in given if not is_held_out(one)]
+    held = read("validation", validation) if validation else [one for one in given if is_held_out(one)]
     training = in_proportion(training, section.weights) if training else []
     name = "validation" if validation else "training"
     by_domain = {domain: [one for one in held if one.domain == domain] for domain in dict.fromkeys(one.domain for one in held)}
@@ -118,9 +119,12 @@ def _packed(answers: JudgedAnswers, recipe: PreferenceRecipe, tokenizer: Tokeniz
     return PreferenceRows(answers, recipe.run.seq_len, pad_id=tokenizer.eos_id)
 
 
-def _is_held_out(preference: Preference, share: float) -> bool:
-    """Decide by the prompt alone: no prompt is on both sides."""
-    if not share:
-        return False
-    content = json.dumps(preference.answers[0].prompt, sort_keys=True, ensure_ascii=False)
-    return drawn_by_content(content, share)
+def only_pairs(preference: Preference) -> list[Preference]:
+    """Return a pair as it is: the ``form`` of a loss that compares two answers.
+
+    Raises:
+        Refused: it is a single answer.
+    """
+    if not preference.is_pair:
+        raise Refused("it is one answer with a score, no pair; of a reward model's losses, loss.kind = 'logistic' and 'squared' take both")
+    return [preference]

@@ -1,6 +1,6 @@
 """The recipes of reward models and of DPO as data: what both read and how long they run, and each one's loss."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,11 +9,9 @@ from dsv2.data.conversation_rows import TooLong
 from dsv2.tokenizer.chat import Template
 from dsv2.train.guard import GuardSection
 from dsv2.train.optimizer import OptimizerSection
-from dsv2.train.recipe import StageRecipe
 from dsv2.train.schedule import BatchSize, LearningRate
-from dsv2.train.sft_recipe import SftRunSection, StartSection
-
-MOST_PLACES = 4096  # of a row whose length no recipe states
+from dsv2.train.sft_recipe import SftRunSection
+from dsv2.train.tuning_recipe import TuningRecipe
 
 
 class PreferencesSection(Section):
@@ -33,13 +31,15 @@ class PreferencesSection(Section):
     weights: dict[str, float] = Field(default_factory=dict, description="how often each source is seen in an epoch; 0.5: half of it")
 
 
-class PreferenceRecipe(StageRecipe):
+class PreferenceRecipe(TuningRecipe):
     """What a run on preferences needs: the model that it begins from, the data, and the values that go with them."""
+
+    contexts: ClassVar[int] = 2  # the two answers of a pair, each with its prompt
+    most_places: ClassVar[int] = 4096
 
     run: SftRunSection
     batch: BatchSize
     learning_rate: LearningRate
-    model: StartSection = StartSection()
     data: PreferencesSection = PreferencesSection()
     optimizer: OptimizerSection = OptimizerSection()
     guard: GuardSection = GuardSection()
@@ -58,6 +58,10 @@ class RewardRecipe(PreferenceRecipe):
     """A run that trains a reward model."""
 
     loss: RewardLossSection = RewardLossSection()
+
+    def open_len(self, context: int) -> int:
+        """Return the places of a row whose length the recipe leaves open: those of one answer where answers are judged one by one."""
+        return super().open_len(context) if self.loss.kind == "pairwise" else min(context, self.most_places)
 
 
 class DpoLossSection(Section):

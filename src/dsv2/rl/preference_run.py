@@ -3,42 +3,27 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from dsv2.checkpoint.folder import ModelFolder, open_folder
-from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
-from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
 from dsv2.model.accounting import count_parameters
-from dsv2.model.config import Head
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, console, table
 from dsv2.rl.preference_data import PreferenceData
-from dsv2.rl.preference_recipe import MOST_PLACES, PreferenceRecipe
-from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.rl.preference_recipe import PreferenceRecipe
 from dsv2.train.loop import LoopPlan, resume_from, train
 from dsv2.train.losses import BalanceSection, Objective
 from dsv2.train.memory import keep_freed_memory, require_training_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, settled_recipe, with_seq_len
+from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
-from dsv2.train.start import start_hash
-
-R = TypeVar("R", bound=PreferenceRecipe)
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a run begins from, opened without its weights."""
-
-    opened: ModelFolder
-    tokenizer: Tokenizer
+from dsv2.train.start import Start, require_intact, start_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +44,6 @@ class Stage:
     loss: str
 
 
-def open_start(recipe: PreferenceRecipe, head: Head | None) -> Start:
-    """Open the recipe's checkpoint, without its weights.
-
-    Raises:
-        ConfigError: the recipe names none, or its rows are longer than the model's context.
-        CheckpointError: there is none, it is damaged, of another head than ``head``, or it has no tokenizer.
-    """
-    if not recipe.model.start:
-        raise ConfigError("model.start is empty: which model is it to begin from?", hint="name its checkpoint or run: model.start=PATH")
-    folder = latest_checkpoint(recipe.model.start)
-    opened = open_folder(folder, head)
-    if (folder / MANIFEST).is_file():
-        verify_manifest(folder)
-    context = opened.config.max_position_embeddings
-    if recipe.run.seq_len > 2 * context:
-        raise ConfigError(
-            f"run.seq_len = {recipe.run.seq_len}: half of it, an answer of a pair, exceeds the model's context of {context} tokens",
-            hint=f"set run.seq_len={2 * context} or less",
-        )
-    return Start(opened, Tokenizer.load(folder))
-
-
-def fitted(recipe: R, start: Start, *, answers: int) -> R:
-    """Return a recipe whose rows have a length: its own, else so many of the model's contexts, at most ``MOST_PLACES``."""
-    return with_seq_len(recipe, answers * start.opened.config.max_position_embeddings, most=MOST_PLACES)
-
-
 def run_preferences(
     recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path, stage: Stage, *, tensorboard: bool = False
 ) -> Transformer:
@@ -103,7 +61,7 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget = recipe.run.budget(len(data.rows))
     _check(recipe, start, data, budget.tokens // recipe.run.seq_len)
-    begins_from = start_hash(start.opened.path)
+    begins_from = start_hash(start.folder)
     recipe = settled_recipe(recipe, data.fingerprint, out, device, begins_from)
     metrics = MetricsLog(out / METRICS, tensorboard=tensorboard)
     require_determinism(recipe.run.deterministic)
@@ -112,6 +70,7 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
         autocast_dtype(recipe.run.precision), guard=recipe.guard,
     )  # fmt: skip
     model = stage.model(start)
+    require_intact(start.folder)
     stage.fill(model, start)
     model.to(device)
     begin_run(recipe, data.fingerprint, out, device, begins_from)
@@ -141,10 +100,10 @@ def _check(recipe: PreferenceRecipe, start: Start, data: PreferenceData, most: i
             hint=f"lower batch.sequences to {max(1, most // 20)} or so, lower run.seq_len, or give more data",
         )
     longest = max(len(tokens) for rows in (data.rows, *data.held_out.values()) for tokens in rows.answers.tokens)
-    context = start.opened.config.max_position_embeddings
+    context = start.config.max_position_embeddings
     if longest > context:
         raise ConfigError(f"an answer has {longest:,} tokens; the model's context holds {context:,}", hint=f"set run.seq_len={context}")
-    require_training_memory(16 * count_parameters(start.opened.config).total, hint="choose a smaller model")
+    require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
 
 
 def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, plan: LoopPlan, loss: str, done: int) -> None:
@@ -152,13 +111,13 @@ def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, pla
     for name, report in data.reports.items():
         for line in report.lines():
             console().print(f"{name}: {line}", markup=False, soft_wrap=True)
-    steps, config, answers = plan.steps(), start.opened.config, data.rows.answers
+    steps, config, answers = plan.steps(), start.config, data.rows.answers
     held = ", ".join(f"{domain} {len(rows.answers.groups):,}" for domain, rows in data.held_out.items()) or "none"
     table(
         "plan",
         ("what", "value"),
         [
-            ("model", f"{start.opened.path}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
+            ("model", f"{start.folder}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
             ("preferences", ", ".join(f"{domain} {count:,}" for domain, count in data.num_preferences.items())),
             ("answers", f"{len(answers):,}" + (f"; {answers.cut:,} without their beginning" if answers.cut else "")),
             *([("left out", ", ".join(f"{count:,}: {reason}" for reason, count in data.dropped.items()))] if data.dropped else []),

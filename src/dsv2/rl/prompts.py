@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dsv2.data.conversations import ReadingReport, Refused, conversation_of, rows_of
-from dsv2.data.documents import source_files
-from dsv2.data.order import permute
+from dsv2.data.conversation_rows import render_row
+from dsv2.data.conversations import conversation_of
+from dsv2.data.order import canonical, content_lot, permute
+from dsv2.data.rows import ReadingReport, Refused, Row, read_rows
 from dsv2.errors import ConfigError, DataError
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.rollout import Example
 from dsv2.tasks.arithmetic import Problem, problems
-from dsv2.tokenizer.chat import render
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 _ENOUGH = 20_000  # problems of a task that makes its own
@@ -56,12 +56,12 @@ class Prompts:
 def open_prompts(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path]) -> Prompts:
     """Make or read the prompts that a recipe asks for, and see that each can be answered.
 
-    A row of a file has "messages" (the conversation to answer) or "prompt" (the same, or what the user says), and whatever its rewards
-    want: "answer", "tests". One that has neither, that cannot be rendered or is answered already, or that leaves no room for an answer is
-    refused and counted. Held out are those whose messages have the lowest hashes: no conversation is on both sides.
+    A row of a file has "messages" (the conversation to answer) or "prompt" (the same, or what the user says), perhaps "tools", and whatever
+    its rewards want: "answer", "tests". One that has neither, that cannot be rendered or is answered already, or that leaves no room for an
+    answer is refused and counted. Held out are those whose messages have the lowest lots: no conversation is on both sides.
 
     Args:
-        recipe: with its lengths (``grpo_recipe.fitted``).
+        recipe: with its lengths, as ``train.start.open_start`` returns it.
         tokenizer: of the model.
         files: of prompts; none for a task that makes its own.
 
@@ -78,8 +78,8 @@ def open_prompts(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path]
         longest = max(training, key=lambda example: len(example["messages"][0]["content"]))
         _require_room(longest, recipe, tokenizer, "the task's longest prompt")
         return Prompts(training, held_out, seed)
-    report = ReadingReport("prompts")
-    examples = sorted(_read(recipe, tokenizer, files, report), key=_place)
+    report = ReadingReport("prompts", rest="fields that only rewards may read")
+    examples = sorted(read_rows(files, report, partial(_example, recipe, tokenizer), forms="docs/grpo.md"), key=_place)
     report.require_few_refused("prompt", section.max_refused, section="task", room="raise run.seq_len or lower rollout.max_tokens")
     border = min(section.held_out, len(examples))
     while 0 < border < len(examples) and examples[border]["messages"] == examples[border - 1]["messages"]:
@@ -91,37 +91,26 @@ def _asked(problem: Problem) -> Example:
     return {"messages": [{"role": "user", "content": problem.question}], "answer": str(problem.answer)}
 
 
-def _read(recipe: GrpoRecipe, tokenizer: Tokenizer, files: Sequence[Path], report: ReadingReport) -> list[Example]:
-    examples: list[Example] = []
-    for file in source_files([str(file) for file in files])[0]:
-        for number, row in rows_of(file):
-            place = f"{file}:{number}"
-            report.rows += 1
-            try:
-                form, example = _example_of(row)
-                _require_room(example, recipe, tokenizer, place)
-            except Refused as reason:
-                report.refuse(str(reason), place)
-                continue
-            report.read[form] += 1
-            examples.append(example)
-    return examples
-
-
-def _example_of(row: Mapping[str, Any]) -> tuple[str, Example]:
-    """Return a row's form, and its example.
+def _example(recipe: GrpoRecipe, tokenizer: Tokenizer, row: Row) -> tuple[str, Collection[str], Example]:
+    """Return a row's form, the fields that it knows, and the example: all of the row, its messages and tools as they are rendered.
 
     Raises:
-        Refused: it is no conversation that waits for an answer.
+        Refused: it is no conversation that waits for an answer, or leaves no room for one.
+        DataError: it leaves none, and may not be left out.
     """
-    form = next((name for name in ("messages", "prompt") if row.get(name) is not None), None)
+    form = next((name for name in ("messages", "prompt") if name in row.fields), None)
     if form is None:
-        raise Refused(f'a row needs "messages" or "prompt"; here are {", ".join(sorted(row)) or "none"}')
-    given = [{"role": "user", "content": row[form]}] if isinstance(row[form], str) else row[form]
-    messages = conversation_of({"messages": given}, ReadingReport())[1]
+        raise Refused(f'a row needs "messages" or "prompt"; here are {", ".join(sorted(row.fields)) or "none"}')
+    given = row.fields[form]
+    messages, tools = conversation_of([{"role": "user", "content": given}] if isinstance(given, str) else given, row.fields.get("tools"))
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise Refused("its last turn is of neither the user nor a tool: there is nothing to answer")
-    return form, {name: value for name, value in row.items() if name != form} | {"messages": messages}
+    known = {form, "tools"}
+    example = {name: value for name, value in row.fields.items() if name not in known} | {"messages": list(messages)}
+    if tools:
+        example["tools"] = list(tools)
+    _require_room(example, recipe, tokenizer, row.place)
+    return form, known, example
 
 
 def _require_room(example: Example, recipe: GrpoRecipe, tokenizer: Tokenizer, place: str) -> None:
@@ -131,10 +120,7 @@ def _require_room(example: Example, recipe: GrpoRecipe, tokenizer: Tokenizer, pl
         Refused: it cannot, or does not and may be left out.
         DataError: it does not, and may not be left out.
     """
-    try:
-        length = len(render(tokenizer, example["messages"], add_generation_prompt=True).tokens)
-    except DataError as error:
-        raise Refused(error.message) from error
+    length = len(render_row(tokenizer, example["messages"], tools=example.get("tools", ()), add_generation_prompt=True).tokens)
     longest, room = recipe.rollout.max_tokens, recipe.run.seq_len - recipe.rollout.max_tokens
     if length <= room:
         return
@@ -146,7 +132,6 @@ def _require_room(example: Example, recipe: GrpoRecipe, tokenizer: Tokenizer, pl
     )
 
 
-def _place(example: Example) -> tuple[bytes, bytes]:
+def _place(example: Example) -> tuple[int, int]:
     """Return where an example stands: by its messages, then by the rest of its row, never by its place in a file."""
-    messages, row = (hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest() for part in (example["messages"], example))
-    return messages, row
+    return content_lot(canonical(example["messages"])), content_lot(canonical(example))

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from dsv2.checkpoint.huggingface import fill_model
 from dsv2.data.batch import Batch
-from dsv2.data.conversations import Refused
 from dsv2.data.loader import sequential_batches
 from dsv2.data.preference_rows import PreferenceRows
 from dsv2.data.preferences import Preference
+from dsv2.data.rows import Refused
 from dsv2.model.transformer import Transformer
 from dsv2.rl.calibration import Calibration, calibrate, calibrate_margins
-from dsv2.rl.preference_data import PreferenceData, open_preferences
+from dsv2.rl.preference_data import PreferenceData, only_pairs, open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
-from dsv2.rl.preference_run import Stage, Start, by_figure, fitted, open_start, run_preferences
+from dsv2.rl.preference_run import Stage, by_figure, run_preferences
 from dsv2.rl.reward_losses import bradley_terry, logistic, squared_error
 from dsv2.rl.reward_model import RewardModel, ends, reward_source
 from dsv2.train.loop import LoopPlan
 from dsv2.train.losses import Losses
 from dsv2.train.run_folder import load_stage_recipe, require_resume
+from dsv2.train.start import Start, open_start
 
 Values = Float[np.ndarray, "values"]  # of held-out answers or pairs
 
@@ -60,8 +61,7 @@ def run(
     """
     recipe = load_stage_recipe(target, RewardRecipe, "reward", overrides)
     require_resume(out, resume)
-    start = open_start(recipe, None)
-    recipe = fitted(recipe, start, answers=2 if recipe.loss.kind == "pairwise" else 1)
+    recipe, start = open_start(recipe, None)
     preferences = open_preferences(recipe, start.tokenizer, data, validation=validation, form=form_of(recipe.loss))
     train_reward_model(recipe, start, preferences, out, tensorboard=tensorboard)
 
@@ -73,7 +73,7 @@ def train_reward_model(recipe: RewardRecipe, start: Start, data: PreferenceData,
         ConfigError: see ``run_preferences``.
     """
     stage = Stage(
-        model=lambda start: RewardModel(start.opened.config),
+        model=lambda start: RewardModel(start.config),
         fill=lambda model, start: fill_model(model, reward_source(start.opened)),
         objective=lambda model, plan, out: (RewardObjective(recipe.loss, data.rows), evaluator(recipe, data, plan)),
         loss=recipe.loss.kind + (f", centring {recipe.loss.centring:g}" if recipe.loss.centring else ""),
@@ -86,11 +86,6 @@ def train_reward_model(recipe: RewardRecipe, start: Start, data: PreferenceData,
 def form_of(loss: RewardLossSection) -> Callable[[Preference], list[Preference]]:
     """Return what a loss makes of a preference: pairs are two single answers, 1 and 0, to a point-wise one; or it raises Refused."""
 
-    def pair(preference: Preference) -> list[Preference]:
-        if not preference.is_pair:
-            raise Refused("it is one answer with a score; loss.kind = 'pairwise' takes pairs, 'logistic' and 'squared' take both")
-        return [preference]
-
     def point(preference: Preference) -> list[Preference]:
         if preference.is_pair:
             return [replace(preference, answers=(answer,), score=s) for answer, s in zip(preference.answers, (1.0, 0.0), strict=True)]
@@ -98,7 +93,7 @@ def form_of(loss: RewardLossSection) -> Callable[[Preference], list[Preference]]
             raise Refused("its score is beyond 0 to 1, which loss.kind = 'logistic' takes; 'squared' takes any")
         return [preference]
 
-    return pair if loss.kind == "pairwise" else point
+    return only_pairs if loss.kind == "pairwise" else point
 
 
 class RewardObjective:

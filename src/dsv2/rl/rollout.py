@@ -20,7 +20,7 @@ from dsv2.rl.tools import Tool
 from dsv2.tokenizer.chat import content_of, render, stop_ids
 from dsv2.tokenizer.tokenizer import Tokenizer
 
-Example = Mapping[str, Any]  # "messages" (the conversation to answer), and what a reward wants: "answer", "tests", ...
+Example = Mapping[str, Any]  # "messages" (to answer), perhaps "tools", and what a reward wants: "answer", "tests", ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +96,7 @@ def draw(
     ends = stop_ids(llm.tokenizer)
     asked: list[list[_Draft]] = []
     for group, example in enumerate(examples, first_group):
-        tokens = tuple(render(llm.tokenizer, example["messages"], add_generation_prompt=True).tokens)
+        tokens = tuple(render(llm.tokenizer, example["messages"], tools=example.get("tools"), add_generation_prompt=True).tokens)
         if len(tokens) + max_tokens > llm.engine.max_len:
             raise DataError(
                 f"the prompt {str(example['messages'])[:60]!r} takes {len(tokens)} tokens; with rollout.max_tokens = {max_tokens} that is "

@@ -59,13 +59,6 @@ def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequ
     return load_recipe(target if is_recipe else "default", schema, folder=folder, overrides=given)
 
 
-def with_seq_len(recipe: R, context: int, *, most: int) -> R:
-    """Return a recipe whose rows have a length: its own, else as many tokens as ``context`` holds, at most ``most``."""
-    if recipe.run.seq_len:
-        return recipe
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"seq_len": min(context, most)})})
-
-
 def settled_recipe(
     recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None, judges: Mapping[str, str] | None = None
 ) -> R:

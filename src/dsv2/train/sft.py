@@ -1,13 +1,11 @@
 """Conversations to a chat model: supervised fine-tuning (section 4.1; spec 6.1); ``dsv2.samples`` makes the command line's stage of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dsv2.checkpoint.folder import open_folder
-from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
+from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
@@ -16,7 +14,6 @@ from dsv2.model.config import ModelConfig
 from dsv2.model.lora import adapt
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, console, table
-from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
 from dsv2.train.memory import keep_freed_memory, require_training_memory
 from dsv2.train.optimizer import make_optimizer
@@ -25,42 +22,14 @@ from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.sft_data import ConversationData
-from dsv2.train.sft_recipe import SftRecipe, StartSection
-from dsv2.train.start import begin_weights, start_hash
+from dsv2.train.sft_recipe import SftRecipe
+from dsv2.train.start import Start, begin_weights, start_hash
 from dsv2.train.validation import DomainLoss, score_rows
-
-
-@dataclass(frozen=True, slots=True)
-class StartModel:
-    """What a run begins from: a checkpoint's folder, and what it says of itself."""
-
-    folder: Path
-    config: ModelConfig
-    tokenizer: Tokenizer
-
-
-def open_start(model: StartSection, seq_len: int) -> StartModel:
-    """Open the checkpoint that a recipe begins from, without its weights.
-
-    Raises:
-        ConfigError: the recipe names none, or its rows are longer than the model's context.
-        CheckpointError: there is none, it is damaged, or it has no tokenizer.
-    """
-    if not model.start:
-        raise ConfigError("model.start is empty: which model is to be fine-tuned?", hint="name its checkpoint or run: model.start=PATH")
-    folder = latest_checkpoint(model.start)
-    config = open_folder(folder).config
-    if seq_len > config.max_position_embeddings:
-        raise ConfigError(
-            f"run.seq_len = {seq_len} exceeds the model's context of {config.max_position_embeddings} tokens",
-            hint=f"set run.seq_len={config.max_position_embeddings} or less",
-        )
-    return StartModel(folder, config, Tokenizer.load(folder))
 
 
 def fine_tune(
     recipe: SftRecipe,
-    start: StartModel,
+    start: Start,
     data: ConversationData,
     out: Path,
     *,
@@ -79,7 +48,7 @@ def fine_tune(
 
 def _fine_tune(
     recipe: SftRecipe,
-    start: StartModel,
+    start: Start,
     data: ConversationData,
     out: Path,
     tensorboard: bool,
@@ -145,7 +114,7 @@ def _validator(recipe: SftRecipe, data: ConversationData, plan: LoopPlan) -> Cal
     }
 
 
-def print_plan(recipe: SftRecipe, start: StartModel, data: ConversationData, plan: LoopPlan, model: Transformer, done: int) -> None:
+def print_plan(recipe: SftRecipe, start: Start, data: ConversationData, plan: LoopPlan, model: Transformer, done: int) -> None:
     """Print what was read and what the run is about to do; ``done`` steps of it are behind it."""
     for name, report in data.reports.items():
         for line in report.lines():

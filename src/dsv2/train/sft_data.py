@@ -1,16 +1,16 @@
 """What a fine-tuning run reads: packed conversations, held-out ones, and how they came about."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv2.data.conversation_fim import FimCounts, add_fim, fenced_code
 from dsv2.data.conversation_rows import ConversationRows, Samples, render_samples
-from dsv2.data.conversations import Conversation, ReadingReport, read_conversations
+from dsv2.data.conversations import Conversation, read_conversations
 from dsv2.data.documents import read_documents
-from dsv2.data.order import drawn_by_content
+from dsv2.data.order import canonical, drawn_by_content
+from dsv2.data.rows import ReadingReport
 from dsv2.errors import DataError
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.sft_recipe import SftRecipe
@@ -76,7 +76,8 @@ def open_conversations(
     conversations: list[Conversation] = []
     held: list[Conversation] = []
     for conversation in read_conversations(paths, reports["training"]):
-        (held if share and _is_held_out(conversation, share) else conversations).append(conversation)
+        content = canonical([conversation.messages, conversation.tools])  # one that occurs twice is on one side
+        (held if drawn_by_content(content, share) else conversations).append(conversation)
     domains = _rendered(conversations, tokenizer, recipe, reports["training"])
     if not domains:
         raise _none_left("to train on", reports["training"])
@@ -125,9 +126,3 @@ def _together(domains: dict[str, Samples]) -> Samples:
         found.places += samples.places
         found.cut += samples.cut
     return found
-
-
-def _is_held_out(conversation: Conversation, share: float) -> bool:
-    """Decide by the content alone: a conversation that occurs twice is on one side, whatever else is in the files."""
-    content = json.dumps([conversation.messages, conversation.tools], sort_keys=True, ensure_ascii=False)
-    return drawn_by_content(content, share)

@@ -12,15 +12,9 @@ from dsv2.train.guard import GuardSection
 from dsv2.train.loop import PaceSection, RunSection
 from dsv2.train.losses import BalanceSection
 from dsv2.train.optimizer import OptimizerSection
-from dsv2.train.recipe import StageRecipe
 from dsv2.train.samples import SamplesSection
 from dsv2.train.schedule import BatchSize, LearningRate
-
-
-class StartSection(Section):
-    """Which model is fine-tuned; its own config.json says its shape."""
-
-    start: str = Field(default="", description="checkpoint, run, tour or model id; empty: must be given")
+from dsv2.train.tuning_recipe import TuningRecipe
 
 
 class ConversationsSection(Section):
@@ -33,9 +27,6 @@ class ConversationsSection(Section):
         default=0.02, ge=0, lt=1, description="of the conversations, held out where no validation files are given; chosen by their content"
     )
     fim_share: float = Field(default=0.0, ge=0, lt=1, description="of all samples, documents told as fill-in-the-middle")
-
-
-MOST_PLACES = 1024  # of a row whose length no recipe states
 
 
 class SftRunSection(PaceSection):
@@ -63,13 +54,12 @@ class QuestionsSection(SamplesSection):
     )
 
 
-class SftRecipe(StageRecipe):
+class SftRecipe(TuningRecipe):
     """A fine-tuning run: the model that it begins from, the conversations, and the values that go with them."""
 
     run: SftRunSection
     batch: BatchSize
     learning_rate: LearningRate
-    model: StartSection = StartSection()
     data: ConversationsSection = ConversationsSection()
     optimizer: OptimizerSection = OptimizerSection()
     balance: SftBalanceSection = SftBalanceSection()

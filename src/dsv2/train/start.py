@@ -1,19 +1,63 @@
-"""Where a run's weights begin: drawn by its seed, or taken from a checkpoint that it continues (Coder-V2; spec 9.1)."""
+"""Where a run begins: with weights drawn by its seed, or with a checkpoint that it continues (Coder-V2; spec 9.1) or tunes."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from dsv2.checkpoint.folder import open_folder
+from dsv2.checkpoint.folder import ModelFolder, open_folder
 from dsv2.checkpoint.huggingface import fill_model
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
 from dsv2.checkpoint.source import FolderSource
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import ConfigError
 from dsv2.files import sha256_of
-from dsv2.model.config import ModelConfig
+from dsv2.model.config import Head, ModelConfig
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.presets import same_shape
 from dsv2.tokenizer.tokenizer import Tokenizer
+from dsv2.train.tuning_recipe import TuningRecipe
+
+R = TypeVar("R", bound=TuningRecipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run begins from, opened without its weights."""
+
+    opened: ModelFolder
+    tokenizer: Tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.opened.path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.opened.config
+
+
+def open_start(recipe: R, head: Head | None = "lm_head") -> tuple[R, Start]:
+    """Open the checkpoint that a recipe begins from, without its weights.
+
+    Args:
+        recipe: of any stage that begins from a model.
+        head: that the model must have; None: any.
+
+    Returns:
+        The recipe with the lengths that it leaves open, by the model's context: data are read and runs begun with this one. And the model.
+
+    Raises:
+        ConfigError: the recipe names none, or its rows are longer than the model's context allows.
+        CheckpointError: there is none, it is damaged, of another head, or it has no tokenizer.
+    """
+    if not recipe.model.start:
+        raise ConfigError("model.start is empty: which model is it to begin from?", hint="name its checkpoint or run: model.start=PATH")
+    folder = latest_checkpoint(recipe.model.start)
+    opened = open_folder(folder, head)
+    return recipe.fitted(opened.config.max_position_embeddings), Start(opened, Tokenizer.load(folder))
 
 
 def check_start(start: str, config: ModelConfig, tokenizer: Tokenizer) -> str:
@@ -63,7 +107,16 @@ def begin_weights(model: Transformer, start: str | None, seed: int) -> None:
     if start is None:
         initialise(model, seed)
         return
-    folder = Path(latest_checkpoint(start))
+    folder = latest_checkpoint(start)
+    require_intact(folder)
+    fill_model(model, FolderSource(open_folder(folder)))
+
+
+def require_intact(folder: Path) -> None:
+    """Compare the hashes of a checkpoint's files with those of its manifest, where it has one.
+
+    Raises:
+        CheckpointError: a file is missing or has another hash.
+    """
     if (folder / MANIFEST).is_file():
         verify_manifest(folder)
-    fill_model(model, FolderSource(open_folder(folder)))
