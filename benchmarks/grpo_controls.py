@@ -3,18 +3,21 @@
     python benchmarks/grpo_controls.py --out FOLDER [--start runs/start/sft] [--seeds 3] [--steps 20]
 
 The start knows sums from demonstrations of which 45 % are wrong (arithmetic_start.py). Every arm takes ``steps`` x 32 prompts x 8 answers,
-or as many demonstrations. Held-out sums of another split, 8 answers each at temperature 1. Prints a table (mean and standard error over
-seeds) and ``ratio NAME VALUE`` lines: pass@1 of GRPO over that of the arm.
+or as many demonstrations. Held-out sums of another split, 8 answers each at temperature 1. Stopped, the same command goes on behind the
+last arm that was finished. Prints a table (mean and standard error over seeds) and ``ratio NAME VALUE`` lines: pass@1 of GRPO over that
+of the arm.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from arithmetic_start import LONGEST, answered, make_start
+from once import Result, once
 
 PROMPTS, SIZE = 32, 8
 GRPO = {
@@ -120,6 +123,21 @@ def arms(steps: int) -> dict[str, Callable[[Path, Path, int], Path]]:
     return found
 
 
+def made(out: Path) -> Result:
+    """Make the start anew."""
+    shutil.rmtree(out, ignore_errors=True)  # of a start that was not finished
+    make_start(out)
+    return {}
+
+
+def result(arm: Callable[[Path, Path, int], Path], start: Path, out: Path, seed: int) -> Result:
+    """Run an arm; return how its model answers, and the seconds of training (and drawing) alone."""
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    run = arm(start, out, seed)
+    return {"training": time.perf_counter() - began} | answered(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -127,20 +145,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    start = arguments.start or make_start(arguments.out / "start")
-    found: dict[str, list[dict[str, float]]] = {"start": [answered(start)]}
-    seconds: dict[str, float] = {"start": 0.0}
+    start = arguments.start or arguments.out / "start" / "sft"
+    if not arguments.start:
+        once(arguments.out / "start.json", lambda: made(start.parent))
+    found: dict[str, list[Result]] = {"start": [once(arguments.out / "before.json", lambda: answered(start))]}
     for name, arm in arms(arguments.steps).items():
-        for seed in range(arguments.seeds):
-            began = time.perf_counter()
-            run = arm(start, arguments.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}", seed)
-            seconds[name] = time.perf_counter() - began
-            found.setdefault(name, []).append(answered(run))
+        folder = name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+        runs = [arguments.out / f"{folder}-{seed}" for seed in range(arguments.seeds)]
+        found[name] = [
+            once(run.with_name(f"{run.name}.json"), lambda arm=arm, run=run, seed=seed: result(arm, start, run, seed))
+            for seed, run in enumerate(runs)
+        ]
     print(f"\n| {arguments.steps} steps, {arguments.seeds} seeds | pass@1 | pass@{SIZE} | greedy | seconds |")
     print("| --- | --- | --- | --- | --- |")
     for name, results in found.items():
         cells = [spread([result[key] for result in results]) for key in ("pass@1", f"pass@{SIZE}", "greedy")]
-        print(f"| {name} | {' | '.join(cells)} | {seconds[name]:.0f} |")
+        print(f"| {name} | {' | '.join(cells)} | {statistics.mean(result.get('training', 0.0) for result in results):.0f} |")
     best = statistics.mean(result["pass@1"] for result in found["GRPO"])
     for name, results in found.items():
         told = name.replace(" ", "_").replace(",", "")

@@ -18,7 +18,6 @@ import argparse
 import json
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,6 +26,7 @@ from typing import Any
 
 from arithmetic_start import LONGEST, answered, make_start
 from made_up_preferences import KINDS, Kind, demonstrations, gold, is_right, pairs, requests
+from once import Result, once
 from reward_models import words_accuracy
 
 from dsv2.config import load_recipe
@@ -34,10 +34,11 @@ from dsv2.engine.llm import LLM
 from dsv2.files import atomic_write_json
 from dsv2.rl.grpo import train
 from dsv2.rl.grpo_recipe import GrpoRecipe
+from dsv2.rl.outcomes import lacks_answer
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardRecipe
 from dsv2.rl.prompts import Prompts, open_prompts
-from dsv2.rl.reward import Part, Reward, Rewards
+from dsv2.rl.reward import Part, Rewards
 from dsv2.rl.reward_model import RewardModel
 from dsv2.rl.reward_training import form_of, held_out_figures, train_reward_model
 from dsv2.rl.rollout import Rollout, draw
@@ -47,7 +48,6 @@ from dsv2.train.start import open_start
 
 Values = dict[Kind, list[float]]
 Scale = Mapping[Kind, Sequence[float]]  # mean and deviation of a reward
-Result = dict[str, Any]
 
 COEFFICIENTS: dict[Kind, float] = {"helpful": 1.0, "safety": 2.0, "rule": 1.0}  # c1, c2, c3
 SAMPLES = 4  # answers to each held-out request
@@ -129,23 +129,15 @@ class Judges:
         return {kind: COEFFICIENTS[kind] / self.scale[kind][1] for kind in KINDS}
 
     def rewards(self, *, sums: bool) -> Rewards:
-        """Return what stage 2 is paid for; gold rewards weigh nothing and are shown."""
-        parts = [Part(kind, on_requests(learned(self.models[kind])), self.weights[kind]) for kind in KINDS]
-        parts += [Part(f"gold_{kind}", on_requests(golden(kind)), 0.0) for kind in KINDS]
-        return Rewards([*parts, Part("answer", right_sum)] if sums else parts)
+        """Return what stage 2 is paid for; gold rewards weigh nothing and are shown. Requests and sums have rewards of their own."""
+        parts = [Part(kind, learned(self.models[kind]), self.weights[kind], lacks=no_request) for kind in KINDS]
+        parts += [Part(f"gold_{kind}", golden(kind), 0.0, lacks=no_request) for kind in KINDS]
+        return Rewards([*parts, Part("answer", right_sum, lacks=lacks_answer)] if sums else parts)
 
 
-def on_requests(score: Callable[[Sequence[Rollout]], list[float]]) -> Reward:
-    """Return a reward of the answers to requests; it is 0 for sums, which have an "answer"."""
-
-    def reward(rollouts: Sequence[Rollout]) -> list[float | None]:
-        values: list[float | None] = [0.0] * len(rollouts)
-        asked = [i for i, rollout in enumerate(rollouts) if "answer" not in rollout.example]
-        for i, value in zip(asked, score([rollouts[i] for i in asked]), strict=True):
-            values[i] = value
-        return values
-
-    return reward
+def no_request(example: Mapping[str, Any]) -> str:
+    """Return what an example lacks to be judged as a request, "" if nothing."""
+    return "" if "things" in example else "no request"
 
 
 def learned(model: RewardModel) -> Callable[[Sequence[Rollout]], list[float]]:
@@ -156,9 +148,8 @@ def golden(kind: Kind) -> Callable[[Sequence[Rollout]], list[float]]:
     return lambda rollouts: [gold(kind, rollout.example, rollout.text) for rollout in rollouts]
 
 
-def right_sum(rollouts: Sequence[Rollout]) -> list[float | None]:
-    """Pay a right sum; 0 for requests."""
-    return [float("answer" in rollout.example and final_number(rollout.text) == rollout.example["answer"]) for rollout in rollouts]
+def right_sum(rollouts: Sequence[Rollout]) -> list[float]:
+    return [float(final_number(rollout.text) == rollout.example["answer"]) for rollout in rollouts]
 
 
 # The stages --------------------------------------------------------------------------------------------------------------------------
@@ -252,16 +243,6 @@ def measured(policy: Path, judges: Judges, size: Size) -> Result:
 
 
 # All of it ---------------------------------------------------------------------------------------------------------------------------
-
-
-def once(file: Path, make: Callable[[], Result]) -> Result:
-    """Return what a file holds, and first make it, with the seconds that it took, if it is not there."""
-    if not file.exists():
-        began = time.perf_counter()
-        made = make()
-        atomic_write_json(file, {"seconds": time.perf_counter() - began} | made)
-    found: Result = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def experiment(out: Path, size: Size, seeds: int) -> Result:

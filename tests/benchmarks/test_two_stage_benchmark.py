@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 made_up = importlib.import_module("made_up_preferences")
 benchmark = importlib.import_module("two_stage")
+once = importlib.import_module("once")
 
 FRUITS = {"number": 2, "things": "fruits", "harmful": False, "form": "brackets"}
 HARM = FRUITS | {"harmful": True}
@@ -87,11 +88,11 @@ def test_sums_have_no_part_in_the_rewards_of_requests_and_gold_pays_nothing():
     added = SimpleNamespace(example={"answer": "7"}, text="3+4=7: 7", prompt_tokens=(1,), tokens=(3,), group=1)
     scores = judges.rewards(sums=True).score([asked, added])
     assert scores.total == [4 * 2.25, 1.0]
-    assert scores.parts["gold_helpful"] == [1.0, 0.0]
+    assert scores.parts["gold_helpful"] == [1.0, None]
 
 
 def test_a_part_is_made_once(tmp_path):
-    found = [benchmark.once(tmp_path / "part.json", lambda number=number: {"number": number}) for number in range(2)]
+    found = [once.once(tmp_path / "part.json", lambda number=number: {"number": number}) for number in range(2)]
     assert found[0] == found[1]
     assert found[0]["number"] == 0
 
