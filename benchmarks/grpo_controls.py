@@ -4,12 +4,14 @@
 
 The start knows sums from demonstrations of which 45 % are wrong (arithmetic_start.py). Every arm takes ``steps`` x 32 prompts x 8 answers,
 or as many demonstrations. Held-out sums of another split, 8 answers each at temperature 1. Stopped, the same command goes on behind the
-last arm that was finished. Prints a table (mean and standard error over seeds) and ``ratio NAME VALUE`` lines: pass@1 of GRPO over that
+last arm that was finished. With one update a batch every ratio is 1, so token and output differ in their weights alone; with four they
+differ in what is clipped. Prints a table (mean and standard error over seeds) and ``ratio NAME VALUE`` lines: pass@1 of GRPO over that
 of the arm.
 """
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import time
@@ -22,9 +24,12 @@ from once import Result, once
 PROMPTS, SIZE = 32, 8
 GRPO = {
     "GRPO": [],
-    "GRPO, shuffled rewards": ["reward=[{name='answer', shuffled=true}]"],
-    "GRPO without KL": ["preset=dr_grpo"],
-    "GRPO, ratio of whole outputs (v2)": ["preset=v2"],
+    "GRPO, rewards dealt out by lot in a group": ["reward=[{name='answer', shuffled=true}]"],
+    "GRPO, no KL": ["objective.kl_weight=0"],
+    "GRPO, ratio of outputs (V2 as printed)": ["preset=v2"],
+    "GRPO, 4 updates a batch": ["update.updates=4"],
+    "GRPO, 4 updates a batch, ratio of outputs": ["update.updates=4", "preset=v2"],
+    "Dr. GRPO": ["preset=dr_grpo"],
 }
 ONE_CHECKPOINT = "run.checkpoint_every=100000"
 SHORT = ["run.epochs=1", "run.seq_len=128", "run.precision=fp32", "data.validation_share=0"]
@@ -150,7 +155,7 @@ def main() -> None:
         once(arguments.out / "start.json", lambda: made(start.parent))
     found: dict[str, list[Result]] = {"start": [once(arguments.out / "before.json", lambda: answered(start))]}
     for name, arm in arms(arguments.steps).items():
-        folder = name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
+        folder = "-".join(re.findall("[a-z0-9.]+", name.lower()))
         runs = [arguments.out / f"{folder}-{seed}" for seed in range(arguments.seeds)]
         found[name] = [
             once(run.with_name(f"{run.name}.json"), lambda arm=arm, run=run, seed=seed: result(arm, start, run, seed))

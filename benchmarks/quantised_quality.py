@@ -1,8 +1,8 @@
 """What few bits cost: perplexity of a trained model with its weights and its latent cache in every format, against fp32 for both.
 
-    dsv2 tour --out tour                                                   # trains a model, 5 minutes
-    python benchmarks/quantised_quality.py tour [--rows 48] [--json FILE]  # 2 minutes
-    python benchmarks/quantised_quality.py tour --quick
+    dsv2 tour --out tour                                                            # trains a model, 10 minutes
+    python benchmarks/quantised_quality.py tour/pretrain [--rows 48] [--json FILE]  # 2 minutes
+    python benchmarks/quantised_quality.py tour/pretrain --quick
 
 Claim: 8-bit weights and an 8-bit cache cost next to nothing, 4-bit experts and a 6-bit cache little. MODEL is a tour, a run or a
 checkpoint; held-out text is the validation part of the shipped corpus, the same rows of whole units of 256 tokens for all. Each is scored

@@ -1,7 +1,7 @@
 """How much instruction data it takes: 100 to 30,000 instructions whose answers a rule checks, equal steps for each amount.
 
-    python benchmarks/sft_data_amount.py tour --out runs/data-amount            # 10 minutes on two cores from a tour's model
-    python benchmarks/sft_data_amount.py tour --amounts 100,1000 --steps 20 --questions 16 --out runs/try
+    python benchmarks/sft_data_amount.py tour/pretrain --out runs/data-amount   # 10 minutes on two cores, a tour's pre-trained model
+    python benchmarks/sft_data_amount.py tour/pretrain --amounts 100,1000 --steps 20 --questions 16 --out runs/try
 
 Nine kinds of instruction of our own, English and Chinese, about letters: repeat them, count them, order them, write them in capitals, begin
 and end with given ones, and some of them together. The questions that are asked afterwards are in no training instruction of any

@@ -22,6 +22,7 @@ from dsv2.progress import read_metrics
 from dsv2.rl import grpo
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.prompts import open_prompts
+from dsv2.samples import answer_sampler
 from dsv2.tasks.arithmetic import demonstrations
 from dsv2.tasks.instructions import conversations, instructions
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -70,7 +71,8 @@ def run_sft(start: Path, lessons: Path, out: Path, *, recipe: str, seed: int) ->
     """Fine-tune a model on lessons, or go on with it; return figures for people."""
     asked = load_recipe(recipe, SftRecipe, folder="sft", overrides=[f"run.seed={seed}", f"model.start={json.dumps(str(start))}"])
     asked, begun = open_start(asked)
-    fine_tune(asked, begun, open_conversations(asked, begun.tokenizer, [lessons]), out)
+    sampler = answer_sampler(asked, begun.config.max_position_embeddings, begun.tokenizer)
+    fine_tune(asked, begun, open_conversations(asked, begun.tokenizer, [lessons]), out, sample=sampler)
     last = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "validation"][-1]
     return {f"{domain}, held out": f"{loss:.3f} nats per token" for domain, loss in last["loss"].items()}
 

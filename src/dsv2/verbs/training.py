@@ -170,7 +170,8 @@ def grpo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the run: checkpoints, metrics.jsonl, rollouts.jsonl.")],
     overrides: Overrides = None,
     data: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Prompts (jsonl); may be repeated. None for a task of ours.")
+        list[Path] | None,
+        typer.Option(metavar="FILE|DIR", help="Prompts (jsonl, jsonl.gz, parquet); may be repeated. None for a task of ours."),
     ] = None,
     resume: Resume = False,
     tensorboard: Tensorboard = False,
