@@ -1,7 +1,8 @@
 """Rewards in units of their own spread, so that the weights of several weigh like with like (GDPO, arXiv 2601.05242, section 3.1).
 
-The unit of a reward model that was trained on pairs is arbitrary: its scores times ten order every pair alike. So is where its scores of
-one prompt lie beside those of another, as no pair ever compared them. A deviation over all scores of a batch would hold both.
+The unit of a reward model that was trained on pairs says how sure it grew, not how much it should weigh: times ten, its scores order every
+pair alike. Where its scores of one prompt lie beside those of another says nothing at all, as no pair compared them: hence deviations are
+those of what is left without the group's mean, also where they are taken over a batch.
 """
 
 from collections.abc import Sequence
