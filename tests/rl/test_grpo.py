@@ -330,7 +330,8 @@ def test_stage_two_weighs_its_reward_models_like_with_like(
         save_checkpoint(tmp_path / name, model, tokenizer)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(3)))
     small = ["run.steps=1", "run.seq_len=96", "rollout.prompts=3", "rollout.group_size=4", "rollout.max_tokens=12", "task.held_out=0"]
-    own = [f"reward.0.folder={tmp_path / 'loud'}", f"reward.1.folder={tmp_path / 'quiet'}", "reward.2.most_tokens=11", "reward.1.weight=2.0"]
+    own = [f"reward.0.folder={tmp_path / 'loud'}", f"reward.1.folder={tmp_path / 'quiet'}", "reward.1.weight=2.0"]
+    own += ["reward.2.most_tokens=11"]
     given = ["grpo", "v2-preference", f"model.start={start}", *small, *own, "--data", str(tmp_path / "a.jsonl")]
     assert main([*given, "--out", str(tmp_path / "run")]) == 0
     rows = read_metrics(tmp_path / "run" / ROLLOUTS)
