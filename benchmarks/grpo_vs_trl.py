@@ -59,7 +59,6 @@ def recipe_of(folder: Path, prompts: int) -> Any:
         {
             "model": {"start": str(folder / "model")},
             "task": {"held_out": 0},
-            "reward": [{"name": "length", "most_tokens": 1}],  # run_dsv2 pays its own
             "run": {"steps": 10_000, "seq_len": 160, "checkpoint_every": 10_000},
             "rollout": {"prompts": prompts, "group_size": GROUP, "max_tokens": NEW, "max_batch": GROUP * prompts},
             "objective": {"normalise": "tokens", "kl_weight": 0.0},

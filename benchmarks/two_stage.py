@@ -118,7 +118,6 @@ def reward_model(kind: Kind, begin: Path, out: Path, size: Size) -> Result:
 class Judges:
     """Three reward models by kind, with mean and deviation of what they (and the gold rewards) say of the start's answers."""
 
-    folders: dict[Kind, Path]
     models: dict[Kind, RewardModel]
     scale: Scale
     gold_scale: Scale
@@ -171,11 +170,8 @@ def stage_1(begin: Path, out: Path, size: Size, seed: int) -> Result:
 
 def stage_2(arm: str, begin: Path, out: Path, judges: Judges, size: Size, seed: int) -> Result:
     """Run GRPO on requests; the reward models pay."""
-    sections = (
-        f"{{name='model', label='{kind}', folder={json.dumps(str(judges.folders[kind]))}, weight={judges.weights[kind]}}}" for kind in KINDS
-    )
     more = ["objective.kl_weight=0"] if arm == "stage 2, no KL" else []
-    recipe = recipe_of("v2-preference", begin, size.stage_2, size.looks, seed, [f"reward=[{', '.join(sections)}]", *more])
+    recipe = recipe_of("v2-preference", begin, size.stage_2, size.looks, seed, ["reward=[]", *more])
     prompts: list[Mapping[str, Any]] = list(requests(PROMPTS, seed + 1))
     sums = arm == "stage 2, half sums"
     if sums:
@@ -250,13 +246,12 @@ def experiment(out: Path, size: Size, seeds: int) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     begin = out / "start" / "sft"
     results: Result = {"start": once(out / "start.json", lambda: start(out / "start", size))}
-    folders = {kind: out / kind / "run" for kind in KINDS}
     results["reward models"] = {
         kind: once(out / f"{kind}.json", lambda kind=kind: reward_model(kind, begin, out / kind, size)) for kind in KINDS
     }
-    models = {kind: RewardModel.load(folders[kind]) for kind in KINDS}
+    models = {kind: RewardModel.load(out / kind / "run") for kind in KINDS}
     found = once(out / "scales.json", lambda: scales(begin, models, size))
-    judges = Judges(folders, models, found["scale"], found["gold_scale"])
+    judges = Judges(models, found["scale"], found["gold_scale"])
     results["before"] = looked_at(begin, out / "before.json", judges, size)
     results["runs"] = [stages(begin, out, judges, size, seed) for seed in range(seeds)]
     return results

@@ -52,7 +52,8 @@ def load_recipe(source: str, schema: type[S], *, folder: str, overrides: Sequenc
         source: name of a shipped recipe, or path of a TOML file (anything with a slash or ending in ``.toml``).
         schema: the stage's recipe.
         folder: where the stage's shipped recipes are, below ``recipes/``.
-        overrides: ``section.key=value`` with a TOML literal; a bare word is a string.
+        overrides: ``section.key=value`` with a TOML literal; a bare word is a string. In an array of tables a number says which, from 0:
+            ``reward.0.weight=2.0``.
 
     Raises:
         ConfigError: no such recipe, broken TOML, an unknown key, a value of the wrong type or out of range.
@@ -150,12 +151,19 @@ def _parse(text: str, file: str) -> dict[str, Any]:
 
 
 def _set(data: dict[str, Any], path: KeyPath, value: Any, override: str) -> None:
-    table = data
+    table: Any = data
     for depth, part in enumerate(path[:-1], start=1):
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(path[:depth])} is {_literal(table)}, not a section")
-    table[path[-1]] = value
+        table = table.setdefault(part, {}) if isinstance(table, dict) else table[int(part)]
+        name, then = ".".join(path[:depth]), path[depth]
+        if isinstance(table, list) and all(isinstance(item, dict) for item in table):
+            if not then.isdigit() or int(then) >= len(table):
+                raise ConfigError(
+                    f"override {override!r}: {name} has {len(table)} tables, counted from 0, and {then!r} is none of them",
+                    hint=f"write {name}.0 for the first, or {name}=[{{...}}, ...] for all of them",
+                )
+        elif not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {name} is {_literal(table)}, not a section")
+    table[path[-1] if isinstance(table, dict) else int(path[-1])] = value
 
 
 # TOML ------------------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,19 @@ def test_wrong_value_shows_what_was_seen_and_what_is_allowed(recipe_file: Path, 
     assert error.hint == hint
 
 
+def test_a_number_says_which_table_of_an_array(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "\n[[phases]]\npeak_lr = 1.0\n\n[[phases]]\nwarmup_steps = 3\n")
+    given = ["phases.1.peak_lr=0.5", "phases.0={warmup_steps=7}", "phases.0.kind=cosine"]
+    first, second = load_recipe(str(recipe_file), Recipe, folder="none", overrides=given).phases
+    assert (first.warmup_steps, first.peak_lr, first.kind) == (7, 1e-4, "cosine") and (second.warmup_steps, second.peak_lr) == (3, 0.5)
+    for override, name in (("phases.2.peak_lr=1", "2"), ("phases.peak_lr=1", "peak_lr"), ("phases.2={}", "2")):
+        error = complaint(recipe_file, override)
+        assert error.message == f"override {override!r}: phases has 2 tables, counted from 0, and {name!r} is none of them"
+    assert "phases.1.peak_lr = \"x\"" in complaint(recipe_file, "phases.1.peak_lr=x").message
+    assert complaint(recipe_file, "phases.1.peak=1").hint == "did you mean 'phases.peak_lr'?"
+    assert "schedule.drops_at is [0.5], not a section" in complaint(recipe_file, "schedule.drops_at.0=0.7").message
+
+
 def test_every_problem_is_listed_with_its_origin(recipe_file: Path) -> None:
     recipe_file.write_text("seq_len = 0\n")
     lines = complaint(recipe_file, "clip=2").message.splitlines()

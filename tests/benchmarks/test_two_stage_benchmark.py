@@ -83,7 +83,7 @@ def test_totals_are_weighted_and_in_deviations():
 def test_sums_have_no_part_in_the_rewards_of_requests_and_gold_pays_nothing():
     model = SimpleNamespace(score=lambda answers: [float(len(answer)) for answer in answers])
     scale = {"helpful": (0.0, 1.0), "safety": (0.0, 2.0), "rule": (0.0, 4.0)}  # weights 1, 1, 0.25
-    judges = benchmark.Judges({}, dict.fromkeys(made_up.KINDS, model), scale, scale)
+    judges = benchmark.Judges(dict.fromkeys(made_up.KINDS, model), scale, scale)
     asked = SimpleNamespace(example=FRUITS, text="(apple, pear.)", prompt_tokens=(1, 2), tokens=(3, 4), group=0)
     added = SimpleNamespace(example={"answer": "7"}, text="3+4=7: 7", prompt_tokens=(1,), tokens=(3,), group=1)
     scores = judges.rewards(sums=True).score([asked, added])

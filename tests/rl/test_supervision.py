@@ -25,7 +25,7 @@ def of_steps(rollouts: object) -> list:
 
 
 def test_tokens_get_what_the_steps_to_come_earn() -> None:
-    seen = advantages_of("process", Scores(TOTAL, {}, {}, STEPS), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
+    seen = advantages_of("process", Scores(TOTAL, TOTAL, {}, {}, STEPS), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
     assert seen.shape == (6, 7) and seen.dtype == torch.float32
     for group in GROUPS:
         rewards = [[earned for _, earned in steps or ()] for steps in STEPS[group]]
@@ -35,19 +35,19 @@ def test_tokens_get_what_the_steps_to_come_earn() -> None:
             assert row[: len(expected)] == pytest.approx(expected, abs=1e-6)
             assert row[len(expected) :] == [0.0] * (7 - len(expected))
     assert seen[3].tolist() == [0.0] * 7, "no score, nothing to learn"
-    less_mean = advantages_of("process", Scores(TOTAL, {}, {}, STEPS), ROLLOUTS, PRESETS["dr_grpo"], group_size=3, max_tokens=7)
+    less_mean = advantages_of("process", Scores(TOTAL, TOTAL, {}, {}, STEPS), ROLLOUTS, PRESETS["dr_grpo"], group_size=3, max_tokens=7)
     assert less_mean[1, 0].item() == pytest.approx(0.5 - (0.2 + 1.0 + 0.5 - 1.0 + 0.7) / 6)
     assert less_mean[4, :2].tolist() == pytest.approx([2 / 3, 2 / 3]) and less_mean[4, 2].item() == pytest.approx(1 / 3)
 
 
 def test_whole_answers_get_what_they_earn() -> None:
-    seen = advantages_of("outcome", Scores(TOTAL, {}), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
+    seen = advantages_of("outcome", Scores([0.0] * 6, TOTAL, {}), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
     assert seen[:3].tolist() == pytest.approx(reference.z_scores(TOTAL[:3]), abs=1e-6)
     assert seen[3:].tolist() == pytest.approx([0.0, 1.0, -1.0])
 
 
 def test_nothing_scored_is_nothing_learned() -> None:
-    seen = advantages_of("process", Scores([None] * 6, {}, {}, [None] * 6), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
+    seen = advantages_of("process", Scores([None] * 6, [None] * 6, {}, {}, [None] * 6), ROLLOUTS, Objective(), group_size=3, max_tokens=7)
     assert seen.tolist() == [[0.0] * 7] * 6
 
 

@@ -32,8 +32,7 @@ from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
 from dsv2.rl.reward import Rewards, Scores
-from dsv2.rl.reward_kinds import open_rewards
-from dsv2.rl.reward_needs import require_judges, reward_models
+from dsv2.rl.reward_needs import given_sections, judges_of, require_judges, rewards_of
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
@@ -88,10 +87,12 @@ def train(
         prompts: to answer.
         out: folder of the run.
         tensorboard: write metrics for TensorBoard as well.
-        rewards: None: those that the recipe names.
+        rewards: what is rewarded, where the recipe names nothing. A run goes on only with the same labels, weights and scales; their
+            functions it cannot compare.
 
     Raises:
-        ConfigError: the recipe does not fit the machine or the run in ``out``, or another process trains there.
+        ConfigError: the recipe names no rewards and none are given, or both; it does not fit the machine or the run in ``out``, or another
+            process trains there.
         DataError: prompts lack what a reward judges by, or no rollout of a step has a score.
         LogProbsDiffer: engine and trainer do not agree.
     """
@@ -103,12 +104,12 @@ class _Run:
     def __init__(self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
-        begins_from, judges = start_hash(start.folder), {} if rewards else reward_models(recipe.reward)
-        self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges)
+        begins_from, judges, given = start_hash(start.folder), judges_of(recipe.reward), given_sections(rewards)
+        self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
         require_determinism(recipe.run.deterministic)
         self.objective = objective_of(recipe)
         self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
-        self.rewards = open_rewards(recipe.reward, self.tokenizer, recipe.run.seq_len) if rewards is None else rewards
+        self.rewards = rewards_of(recipe, self.tokenizer, rewards)
         require_judges(self.rewards, [*prompts.take(0, len(prompts)), *prompts.held_out])
         require_supervision(recipe.supervision, self.rewards, self.objective)
         self.model = Transformer(start.config)
@@ -116,7 +117,7 @@ class _Run:
             begin_weights(self.model, str(start.folder), recipe.run.seed)
         self.autocast = autocast_dtype(recipe.run.precision)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, products=self.autocast)
-        begin_run(recipe, prompts.fingerprint, out, device, begins_from, judges)
+        begin_run(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
         clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
@@ -136,7 +137,7 @@ class _Run:
     def train(self) -> Transformer:
         run = self.recipe.run
         policy = f"{self.start.folder}: {count_parameters(self.start.config).total:,} parameters"
-        print_plan(self.recipe, self.objective, policy, self.prompts, self.llm, self.step)
+        print_plan(self.recipe, self.objective, self.rewards, policy, self.prompts, self.llm, self.step)
         if self.step == 0:
             self._evaluate()
         with bar(run.steps, "GRPO", unit="steps", done=self.step) as progress:

@@ -92,7 +92,9 @@ class GrpoRecipe(TuningRecipe):
 
     run: GrpoRunSection
     learning_rate: LearningRate
-    reward: tuple[RewardSection, ...] = Field(description="What is rewarded, and with what weight.")
+    reward: tuple[RewardSection, ...] = Field(
+        default=(), description="What is rewarded, and with what weight; none where a program of yours hands its Rewards over."
+    )
     task: TaskSection = TaskSection()
     preset: Literal["v2", "deepseekmath", "dr_grpo", "dapo"] | None = Field(
         default=None, description="a paper's objective, but for what [objective] states"

@@ -11,6 +11,7 @@ from dsv2.rl.batch import Batch
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import Objective
 from dsv2.rl.prompts import Prompts
+from dsv2.rl.reward import Rewards
 from dsv2.rl.step_metrics import rollout_metrics
 from dsv2.rl.supervision import shown_advantage
 from dsv2.rl.update import Agreement, UpdateResult
@@ -95,14 +96,14 @@ class RunLog:
         console().print(f"step {step}, {num_prompts} held-out prompts: {', '.join(shown)}", markup=False, soft_wrap=True)
 
 
-def print_plan(recipe: GrpoRecipe, objective: Objective, policy: str, prompts: Prompts, llm: LLM, step: int) -> None:
+def print_plan(recipe: GrpoRecipe, objective: Objective, rewards: Rewards, policy: str, prompts: Prompts, llm: LLM, step: int) -> None:
     """Print what a run is about to do, and after which step it goes on."""
     section = recipe.rollout
     rows = [
         ("policy", policy),
         ("prompts", f"{len(prompts):,} to learn from, {len(prompts.held_out):,} held out"),
         ("a step", f"{section.prompts} prompts x {section.group_size} answers of at most {section.max_tokens} tokens"),
-        ("rewards", ", ".join(f"{part.shown_as} x {part.weight:g}" for part in recipe.reward)),
+        ("rewards", ", ".join(map(str, rewards.parts))),
         ("objective", f"{recipe.supervision} supervision, {objective}"),
         ("updates", f"{recipe.update.updates} a batch, learning rate {describe_rate(recipe.learning_rate)}"),
         ("engine", f"{llm.engine.cache}; up to {section.max_batch} answers at once"),

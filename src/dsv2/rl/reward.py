@@ -6,6 +6,8 @@ did not start), if it raised, and if it said NaN. Such a rollout teaches nothing
 A reward is not asked about a prompt that lacks what it judges by, such as tests: there it is no part of the sum. The answers of a group
 have one prompt, so that all of them are judged by the same.
 
+What is shown of a reward is what it said. What answers are compared by may be in deviations (reward_scale.py).
+
 A reward scores whole answers, or the steps of answers, which process supervision pays one by one.
 """
 
@@ -13,10 +15,11 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dsv2.errors import CheckpointError, ConfigError, MissingExtra, did_you_mean
 from dsv2.progress import say
+from dsv2.rl.reward_scale import Scale, in_deviations
 from dsv2.rl.steps import Steps
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class Part:
         only_with: label of a reward without which (0 or less) this one is not paid.
         shuffled: deal its values out anew among the answers of a group.
         of_steps: it scores steps.
+        scale: what it pays is counted in: its own unit, or deviations of it in the group or the batch; what is not paid, because of
+            ``only_with``, counts as 0 there.
         right_or_wrong: its values are 1 and 0.
         lacks: an example -> what is missing there to be judged by, "" if nothing is; None: it can judge any.
         require: called before a run in which some prompt is judged; raises what keeps this machine from it. None: nothing could.
@@ -65,9 +70,16 @@ class Part:
     only_with: str = ""
     shuffled: bool = False
     of_steps: bool = False
+    scale: Scale = "none"
     right_or_wrong: bool = False
     lacks: Lacks | None = None
     require: Callable[[], None] | None = None
+
+    def __str__(self) -> str:
+        """Return it as a plan shows it."""
+        scale = f" in deviations of the {self.scale}" if self.scale != "none" else ""
+        gate = f", only with {self.only_with}" if self.only_with else ""
+        return f"{self.label} x {self.weight:g}{scale}{gate}{', shuffled' if self.shuffled else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,7 @@ class Scores:
 
     Args:
         total: the weighted sum, in which steps count with their mean; None where a part that counts has no score, or none was asked.
+        compared: the same, each part counted in its ``scale``: what answers are compared by. None where ``total`` is.
         parts: each part's own values by label, unweighted, whether paid or not; of steps their mean. None where it has no score, and where
             it was not asked.
         failed: by label, for how many rollouts it raised or was no number.
@@ -85,6 +98,7 @@ class Scores:
     """
 
     total: list[float | None]
+    compared: list[float | None]
     parts: dict[str, list[float | None]]
     failed: dict[str, int] = field(default_factory=dict)
     steps: list[Steps | None] = field(default_factory=list)
@@ -93,14 +107,14 @@ class Scores:
     @classmethod
     def empty(cls) -> "Scores":
         """Return those of no rollouts."""
-        return cls([], {})
+        return cls([], [], {})
 
     def __add__(self, other: "Scores") -> "Scores":
         """Join the scores of two lists of rollouts."""
         parts = {label: self.parts.get(label, []) + values for label, values in other.parts.items()}
         failed = {label: self.failed.get(label, 0) + other.failed.get(label, 0) for label in self.failed | other.failed}
         asked = {label: self.asked.get(label, []) + places for label, places in other.asked.items()}
-        return Scores(self.total + other.total, parts, failed, self.steps + other.steps, asked)
+        return Scores(self.total + other.total, self.compared + other.compared, parts, failed, self.steps + other.steps, asked)
 
     def of(self, place: int) -> dict[str, float | None]:
         """Return by label what the parts that were asked say of a rollout."""
@@ -116,9 +130,12 @@ class Scores:
 
     def with_penalty(self, values: Sequence[float]) -> "Scores":
         """Return them with the penalty for long answers as one more part, paid in full."""
-        total = [None if earned is None else earned + value for earned, value in zip(self.total, values, strict=True)]
+        total, compared = (
+            [None if earned is None else earned + value for earned, value in zip(sums, values, strict=True)]
+            for sums in (self.total, self.compared)
+        )  # fmt: skip
         steps = [own and [*own[:-1], (own[-1][0], own[-1][1] + values[i])] for i, own in enumerate(self.steps)]
-        return replace(self, total=total, parts=self.parts | {OVERLONG: list(values)}, steps=steps)
+        return replace(self, total=total, compared=compared, parts=self.parts | {OVERLONG: list(values)}, steps=steps)
 
 
 class Rewards:
@@ -128,7 +145,8 @@ class Rewards:
         parts: with labels of their own; a part paid only with another names it.
 
     Raises:
-        ConfigError: no parts, a label twice, one that is not there, or the penalty's; steps whose scores are to be shuffled.
+        ConfigError: no parts, a label twice, one that is not there, or the penalty's; an unknown scale; steps whose scores are to be
+            shuffled or scaled.
 
     Attributes:
         parts: as given.
@@ -151,6 +169,12 @@ class Rewards:
                 raise ConfigError(f"only_with = {part.only_with!r} of the reward {part.label!r} is none of {', '.join(labels)}", hint=hint)
             if part.shuffled and part.of_steps:
                 raise ConfigError(f"the reward {part.label!r} scores steps, which other answers do not have", hint="leave shuffled out")
+            if part.scale not in get_args(Scale):
+                allowed = ", ".join(get_args(Scale))
+                raise ConfigError(f"scale = {part.scale!r} of the reward {part.label!r} is none of {allowed}")
+            if part.scale != "none" and part.of_steps:
+                hint = "leave scale out: process supervision compares all steps of a group with each other"
+                raise ConfigError(f"the reward {part.label!r} scores steps, and scale = {part.scale!r} counts whole answers", hint=hint)
         self.parts, self.reasons = tuple(parts), dict[str, str]()
         self.labels = tuple(labels)
         self.step_labels = tuple(part.label for part in parts if part.of_steps and part.weight)
@@ -172,38 +196,59 @@ class Rewards:
                 values = [None if own is None else sum(score for _, score in own) / len(own) for own in values]
             for i, value in zip(judged, _dealt_anew(values, asked) if part.shuffled else values, strict=True):
                 each[i][part.label] = value
-        total = [self._total(values) for values in each]
+        pays = [self._pays(values) for values in each]
+        scaled = self._scaled(pays, [rollout.group for rollout in rollouts])
+        total, compared = [self._sum(own) for own in pays], [self._sum(own) for own in scaled]
         earned: list[Steps | None] = []
         if self.step_labels:
             lengths = [len(rollout.tokens) for rollout in rollouts]
-            earned = [None if total[i] is None else self._steps(each[i], steps[i], length) for i, length in enumerate(lengths)]
+            earned = [None if total[i] is None else self._steps(each[i], scaled[i], steps[i], length) for i, length in enumerate(lengths)]
         parts = {label: [values.get(label) for values in each] for label in self.labels}
-        return Scores(total, parts, failed, earned, {label: [label in values for values in each] for label in self.labels})
+        return Scores(total, compared, parts, failed, earned, {label: [label in values for values in each] for label in self.labels})
 
-    def _paid(self, values: Mapping[str, float | None]) -> list[Part]:
-        """Return the parts that a rollout is paid by: those that were asked, as was the one that they are paid with."""
-        return [part for part in self.parts if part.weight and {part.label, part.only_with or part.label} <= values.keys()]
+    def _pays(self, values: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Return by label what a rollout is paid for, of the parts that were asked, as was the one that they are paid with."""
+        pays = dict[str, float | None]()
+        for part in self.parts:
+            if part.weight and {part.label, part.only_with or part.label} <= values.keys():
+                gate = values[part.only_with] if part.only_with else 1.0
+                pays[part.label] = None if gate is None else values[part.label] if gate > 0 else 0.0
+        return pays
 
-    def _total(self, values: Mapping[str, float | None]) -> float | None:
-        paid, total = self._paid(values), 0.0
-        for part in paid:
-            gate, value = values[part.only_with] if part.only_with else 1.0, values[part.label]
-            if gate is None or (gate > 0 and value is None):
+    def _scaled(self, pays: Sequence[Mapping[str, float | None]], groups: Sequence[int]) -> list[dict[str, float | None]]:
+        """Return what rollouts are paid for, each part in its scale among the rollouts that it was asked about."""
+        scaled = [dict(own) for own in pays]
+        for part in self.parts:
+            places = [i for i, own in enumerate(pays) if part.label in own] if part.scale != "none" else []
+            found = in_deviations([pays[i][part.label] for i in places], [groups[i] for i in places], part.scale)
+            for i, value in zip(places, found, strict=True):
+                scaled[i][part.label] = value
+        return scaled
+
+    def _sum(self, pays: Mapping[str, float | None]) -> float | None:
+        total = 0.0
+        for part in self.parts:
+            value = pays.get(part.label, 0.0)
+            if value is None:
                 return None
-            total += part.weight * value if gate > 0 and value is not None else 0.0
-        return total if paid else None
+            total += part.weight * value
+        return total if pays else None
 
-    def _steps(self, values: Mapping[str, float | None], steps: Mapping[str, Steps | None], num_tokens: int) -> Steps:
+    def _steps(
+        self, values: Mapping[str, float | None], pays: Mapping[str, float | None], steps: Mapping[str, Steps | None], num_tokens: int
+    ) -> Steps:
         """Return what each step of a rollout with a score earned; a step that is not paid, because of ``only_with``, is one of 0."""
         earned: dict[int, float] = {}
         whole = 0.0
-        for part in self._paid(values):
-            paid = part.weight if not part.only_with or (values[part.only_with] or 0.0) > 0 else 0.0
+        for part in self.parts:
+            if part.label not in pays:
+                continue
             if part.of_steps:
+                paid = part.weight if not part.only_with or (values[part.only_with] or 0.0) > 0 else 0.0
                 for end, score in steps[part.label] or ():
                     earned[end] = earned.get(end, 0.0) + paid * score
-            elif paid:
-                whole += paid * (values[part.label] or 0.0)
+            else:
+                whole += part.weight * (pays[part.label] or 0.0)
         last = max(earned, default=num_tokens - 1)
         earned[last] = earned.get(last, 0.0) + whole
         return sorted(earned.items())

@@ -15,6 +15,8 @@ from dsv2.config import Section
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.rl.outcomes import PROGRAM_LIMITS, by_answer, by_tests, lacks_answer, lacks_tests
 from dsv2.rl.reward import Lacks, Part, Reward, Rewards, StepReward
+from dsv2.rl.reward_file import function_of
+from dsv2.rl.reward_scale import Scale
 from dsv2.rl.steps import model_steps, worked_steps
 from dsv2.tasks.verdict import MIB, Limits
 
@@ -28,13 +30,17 @@ class RewardSection(Section):
 
     name: str = Field(
         description="what is rewarded: the right answer, a format, a length, code that passes its tests, a reward model's score (model), "
-        "the right steps of a worked sum (steps)"
+        "the right steps of a worked sum (steps), what a function of yours says (python)"
     )
     weight: float = Field(default=1.0, description="of it in the sum; 0: only shown")
     label: str = Field(default="", description="its name in metrics, and for only_with; absent: name")
     only_with: str = Field(default="", description="label of a reward without which (0 or less) this one is not paid")
     shuffled: bool = Field(
         default=False, description="deal its values out anew among the answers of a group: a control that must teach nothing"
+    )
+    scale: Scale = Field(
+        default="none",
+        description="what the weight multiplies: its values, or these in deviations of the group or of the batch, less the group's mean",
     )
     exact: bool = Field(default=False, description="answer: the last number, digit by digit, instead of what means the same")
     pattern: str = Field(default="", description="format: regular expression that the whole answer must match; a dot matches line ends")
@@ -49,8 +55,13 @@ class RewardSection(Section):
         default=PROGRAM_LIMITS.memory_bytes // MIB, ge=64, description="code: address space that a program may take, in MiB"
     )
     folder: str = Field(default="", description="model: folder of the reward model")
-    steps: bool = Field(default=False, description="model: a score for each step, of the answer up to its end; for process supervision")
+    steps: bool = Field(
+        default=False,
+        description="for process supervision. model: a score for each step, of the answer up to its end; python: the function scores steps",
+    )
     delimiter: str = Field(default="\n", min_length=1, description="model: what ends a step")
+    file: str = Field(default="", description="python: file of the function; it is run, with all that it does, when the run starts")
+    function: str = Field(default="reward", min_length=1, description="python: its name; from rollouts to a number or None for each")
 
     @field_validator("name")
     @classmethod
@@ -121,7 +132,8 @@ def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None
         seq_len: tokens of the longest prompt with its answer; reward models must be able to read them.
 
     Raises:
-        ConfigError: labels that clash or are missing; a reward model with another tokenizer, or a shorter context.
+        ConfigError: labels that clash or are missing; a reward model with another tokenizer, or a shorter context; a file of yours that
+            cannot be read or run, or that has no such function.
         CheckpointError: a reward model is missing or damaged.
     """
     return Rewards([_part(section, section.kind.make(section, tokenizer, seq_len)) for section in sections])
@@ -130,7 +142,7 @@ def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None
 def _part(section: RewardSection, reward: Reward | StepReward) -> Part:
     kind = section.kind
     return Part(
-        section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps,
+        section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps, section.scale,
         right_or_wrong=kind.right_or_wrong, lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
     )  # fmt: skip
 
@@ -212,11 +224,20 @@ def _wrong_model(section: RewardSection) -> str:
     return ""
 
 
+def _python(section: RewardSection, *_: object) -> Reward | StepReward:
+    return function_of(section.file, section.function)
+
+
+def _no_file(section: RewardSection) -> str:
+    return "" if section.file else "the reward 'python' needs a file"
+
+
 KINDS: dict[str, Kind] = {
     "answer": Kind(_answer, frozenset({"exact"}), right_or_wrong=True, lacks=lacks_answer),
     "format": Kind(_format, frozenset({"pattern"}), _wrong_pattern, right_or_wrong=True),
     "length": Kind(_length, frozenset({"least_tokens", "most_tokens"}), _wrong_lengths, right_or_wrong=True),
     "code": Kind(_code, frozenset({"cpu_s", "memory_mib"}), right_or_wrong=True, lacks=lacks_tests, require=_require_sandbox),
     "model": Kind(_model, frozenset({"folder", "steps", "delimiter"}), _wrong_model),
+    "python": Kind(_python, frozenset({"file", "function", "steps"}), _no_file),
     "steps": Kind(lambda *_: worked_steps, lacks=lacks_answer, of_steps=True),
 }

@@ -1,24 +1,68 @@
-"""What the rewards of a run stand on, looked at before it starts: reward models by their hashes, what prompts and the machine must have."""
+"""What the rewards of a run stand on, looked at before it starts: who names them, by what hashes they are known, what they judge by."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsv2.checkpoint.steps import latest_checkpoint
-from dsv2.errors import DataError
+from dsv2.config import Section
+from dsv2.errors import ConfigError, DataError
 from dsv2.progress import say
+from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.reward import Part, Rewards
-from dsv2.rl.reward_kinds import RewardSection
+from dsv2.rl.reward_file import file_hash
+from dsv2.rl.reward_kinds import RewardSection, open_rewards
+from dsv2.rl.reward_scale import Scale
+from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.start import start_hash
 
 
-def reward_models(sections: Sequence[RewardSection]) -> dict[str, str]:
-    """Return what identifies the weights of each reward model that a recipe names, by its folder.
+class GivenReward(Section):
+    """What a run keeps of a reward that no recipe names: all but its function."""
+
+    weight: float
+    only_with: str
+    shuffled: bool
+    of_steps: bool
+    scale: Scale
+
+
+def rewards_of(recipe: GrpoRecipe, tokenizer: Tokenizer, given: Rewards | None) -> Rewards:
+    """Return the rewards of a run: those that its recipe names, or those that it is given.
 
     Raises:
-        CheckpointError: there is none.
+        ConfigError: both, or neither; else as ``open_rewards``.
     """
-    folders = dict.fromkeys(section.folder for section in sections if section.name == "model")
-    return {folder: start_hash(latest_checkpoint(folder)) for folder in folders}
+    if given is None:
+        return open_rewards(recipe.reward, tokenizer, recipe.run.seq_len)
+    if recipe.reward:
+        named = ", ".join(section.shown_as for section in recipe.reward)
+        raise ConfigError(
+            f"the recipe names rewards ({named}), and others are given: {', '.join(given.labels)}",
+            hint="leave them out of the recipe, as the override reward=[] does",
+        )
+    return given
+
+
+def given_sections(given: Rewards | None) -> dict[str, Section]:
+    """Return what a run goes on with of rewards that it is given, by name: a recipe that states its rewards needs none of it."""
+    return {
+        f"rewards.{part.label}": GivenReward(
+            weight=part.weight, only_with=part.only_with, shuffled=part.shuffled, of_steps=part.of_steps, scale=part.scale
+        )
+        for part in (given.parts if given else ())
+    }
+
+
+def judges_of(sections: Sequence[RewardSection]) -> dict[str, str]:
+    """Return what identifies what judges the answers of a run: hashes of its reward models and of your own files, by their paths.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ConfigError: there is no such file.
+    """
+    folders = dict.fromkeys(section.folder for section in sections if section.folder)
+    files = dict.fromkeys(section.file for section in sections if section.file)
+    return {folder: start_hash(latest_checkpoint(folder)) for folder in folders} | {file: file_hash(file) for file in files}
 
 
 def require_judges(rewards: Rewards, examples: Sequence[Mapping[str, Any]]) -> None:

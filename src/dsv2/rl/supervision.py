@@ -55,7 +55,7 @@ def advantages_of(
         max_tokens: tokens of the longest answer allowed; tokens that an answer does not have get 0.
     """
     if kind == "outcome":
-        values = torch.tensor([float("nan") if earned is None else earned for earned in scores.total], dtype=torch.float64)
+        values = torch.tensor([float("nan") if earned is None else earned for earned in scores.compared], dtype=torch.float64)
         return advantages(values.view(-1, group_size), objective.advantage).flatten().float()
     most = max([1, *(len(steps or ()) for steps in scores.steps)])
     rewards = torch.full((len(rollouts), most), torch.nan, dtype=torch.float64)

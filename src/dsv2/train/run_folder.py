@@ -14,7 +14,7 @@ import torch
 from dsv2.checkpoint.folder import read_json
 from dsv2.checkpoint.hub import is_model_id
 from dsv2.checkpoint.steps import checkpoints
-from dsv2.config import dump_toml, load_recipe, recipe_names
+from dsv2.config import Section, dump_toml, load_recipe, recipe_names
 from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import atomic_write, atomic_write_json, clear_leftovers
 from dsv2.progress import console
@@ -60,7 +60,13 @@ def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequ
 
 
 def settled_recipe(
-    recipe: R, fingerprint: str, out: Path, device: torch.device, start_hash: str | None, judges: Mapping[str, str] | None = None
+    recipe: R,
+    fingerprint: str,
+    out: Path,
+    device: torch.device,
+    start_hash: str | None,
+    judges: Mapping[str, str] | None = None,
+    given: Mapping[str, Section] | None = None,
 ) -> R:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
 
@@ -70,10 +76,11 @@ def settled_recipe(
         out: the run's folder.
         device: where it trains.
         start_hash: of the weights that it begins from, where they are looked at.
-        judges: hashes of the reward models that judge its answers, by folder.
+        judges: hashes of what judges its answers, reward models and files with functions, by path.
+        given: what a program decides for the run beside its recipe, by name.
 
     Raises:
-        ConfigError: the run in ``out`` began with another recipe, other data or other models, or there are checkpoints without a recipe.
+        ConfigError: the run in ``out`` began with another recipe, other data, models or judges, or there are checkpoints without a recipe.
     """
     settled = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, device)})}
@@ -85,7 +92,7 @@ def settled_recipe(
     began = load_recipe(str(out / RECIPE), type(recipe), folder="pretrain")
     plan = _read_plan(out / PLAN)
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
-    changed = _differences(_choices(began, plan.get("derived")), _choices(_same(wanted, began, *MAY_CHANGE)))
+    changed = _differences(_choices(began, plan.get("derived")), _choices(_same(wanted, began, *MAY_CHANGE), given=given))
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
@@ -93,9 +100,9 @@ def settled_recipe(
         raise ConfigError(f"{out} began with other data: {plan['data'][:16]}, now {fingerprint[:16]}", hint="give the --data it began with")
     if start_hash is not None and plan.get("start") != start_hash:
         raise ConfigError(f"{out} began from other weights than model.start holds now", hint="choose another --out")
-    for folder, hashed in (judges or {}).items():
-        if plan.get("judges", {}).get(folder) != hashed:
-            raise ConfigError(f"{out} began with another reward model than {folder} holds now", hint="put it back, or choose another --out")
+    for path, hashed in (judges or {}).items():
+        if plan.get("judges", {}).get(path) != hashed:
+            raise ConfigError(f"{out} began with another reward than {path} holds now", hint="put it back, or choose another --out")
     for name, now in (("torch", torch.__version__), ("device", str(device))):
         if plan[name] != now:
             console().print(f"the run began with {name} {plan[name]}, now {now}: sums may differ in their last digits", markup=False)
@@ -115,7 +122,13 @@ def _read_plan(file: Path) -> dict[str, Any]:
 
 
 def begin_run(
-    recipe: StageRecipe, fingerprint: str, out: Path, device: torch.device, start_hash: str | None, judges: Mapping[str, str] | None = None
+    recipe: StageRecipe,
+    fingerprint: str,
+    out: Path,
+    device: torch.device,
+    start_hash: str | None,
+    judges: Mapping[str, str] | None = None,
+    given: Mapping[str, Section] | None = None,
 ) -> None:
     """Clear what a killed run left half written, and save recipe and plan of a run that begins now.
 
@@ -126,27 +139,36 @@ def begin_run(
         plan: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
         plan |= {"start": start_hash} if start_hash else {}
         plan |= {"judges": dict(judges)} if judges else {}
-        plan |= {"derived": derived} if (derived := _derived(recipe)) else {}
+        plan |= {"derived": derived} if (derived := _derived(recipe, given)) else {}
         atomic_write_json(out / PLAN, plan)
-        atomic_write(out / RECIPE, _as_text(recipe))
+        atomic_write(out / RECIPE, _as_text(recipe, given))
 
 
-def _as_text(recipe: StageRecipe) -> str:
-    """Return a recipe as TOML, and below it, as comments, what its choices come to: stated there, it would no longer follow them."""
+def _as_text(recipe: StageRecipe, given: Mapping[str, Section] | None) -> str:
+    """Return a recipe as TOML, and below it, as comments, what its choices come to, which it would no longer follow if they were stated.
+
+    Likewise what was given beside it.
+    """
     texts = [dump_toml(recipe)]
     for name, section in recipe.derived().items():
-        lines = dump_toml(section).splitlines()
-        texts.append("".join(f"# {line}\n" for line in (f"[{name}] as it is used, what is stated above and what is not:", *lines)))
+        texts.append(_commented(f"[{name}] as it is used, what is stated above and what is not:", section))
+    for name, section in (given or {}).items():
+        texts.append(_commented(f"[{name}] as the program gave it that began the run:", section))
     return "\n".join(texts)
 
 
-def _derived(recipe: StageRecipe) -> dict[str, Any]:
-    return {name: section.model_dump(mode="json", exclude_none=True) for name, section in recipe.derived().items()}
+def _commented(heading: str, section: Section) -> str:
+    return "".join(f"# {line}\n" for line in f"{heading}\n{dump_toml(section)}".splitlines())
 
 
-def _choices(recipe: StageRecipe, derived: dict[str, Any] | None = None) -> dict[str, Any]:
+def _derived(recipe: StageRecipe, given: Mapping[str, Section] | None = None) -> dict[str, Any]:
+    sections = {**recipe.derived(), **(given or {})}
+    return {name: section.model_dump(mode="json", exclude_none=True) for name, section in sections.items()}
+
+
+def _choices(recipe: StageRecipe, derived: dict[str, Any] | None = None, given: Mapping[str, Section] | None = None) -> dict[str, Any]:
     """Return what decides about a run's weights; ``derived`` as the run wrote it, None: as it would be derived now."""
-    return recipe.model_dump(exclude={"samples"}) | (_derived(recipe) if derived is None else derived)
+    return recipe.model_dump(exclude={"samples"}) | (_derived(recipe, given) if derived is None else derived)
 
 
 def _same(recipe: R, other: R, *names: str) -> R:
