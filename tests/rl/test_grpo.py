@@ -20,6 +20,7 @@ from dsv2.progress import read_metrics
 from dsv2.report.record import load_settings
 from dsv2.rl import grpo
 from dsv2.rl import rollout as rollout_file
+from dsv2.rl import update as update_file
 from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
 from dsv2.rl.grpo_shown import ROLLOUTS
 from dsv2.rl.objective import PRESETS, Objective
@@ -230,6 +231,33 @@ def test_cut_answers_can_be_left_out(start: Path, tmp_path: Path) -> None:
     assert line["unscored"] == line["rewards/odd/unscored"] == 3 and line["rewards/odd/failed"] == 0
 
 
+def test_updates_of_a_batch_share_its_old_log_probabilities_and_no_pass_is_made_for_them(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, results, update, log_probs = [], [], grpo.update, update_file.log_probs
+
+    def counted(model: Transformer, piece: update_file.Padded, **options: object) -> object:
+        passes.append(piece)
+        return log_probs(model, piece, **options)
+
+    def watched(*given: object, old: list[torch.Tensor] | None, **options: object) -> object:
+        result, seen, agreed = update(*given, old=old, **options)
+        results.append((result, old, seen, agreed))
+        return result, seen, agreed
+
+    monkeypatch.setattr(update_file, "log_probs", counted)
+    monkeypatch.setattr(grpo, "update", watched)
+    objective = {"kl_weight": 0.0}  # no passes of a reference
+    train(recipe_of(start, objective=objective, update={"updates": 3}, run=SECTIONS["run"] | {"steps": 1}), tmp_path / "run")
+    (first, none, seen, agreed), *others = results
+    assert len(others) == 2 and len(passes) == 3 * len(seen)
+    assert none is None and agreed is not None and all(old is seen and found is None for _, old, _, found in others)
+    line = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo")
+    norms, losses = ([getattr(result, name) for result, *_ in results] for name in ("grad_norm", "loss"))
+    assert len({*norms}) == len({*losses}) == 3 and line["grad_norm"] == max(norms) and line["loss"] == pytest.approx(sum(losses) / 3)
+    assert first.ratio_max == 1 < line["ratio_max"] == max(result.ratio_max for result, *_ in results)
+
+
 def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a refresh the reference is the policy: there, and only there, the KL is 0."""
     replayed, without_graph = [], grpo.without_graph
@@ -240,7 +268,7 @@ def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Pat
 
     monkeypatch.setattr(grpo, "without_graph", watched)
     train(recipe_of(start), tmp_path / "two")
-    assert set(replayed) == {(True, True), (False, False)}
+    assert set(replayed) == {(False, False)}
     train(recipe_of(start, update={"updates": 1}), tmp_path / "one")
     kls = [line["kl"] for line in read_metrics(tmp_path / "one" / "metrics.jsonl") if line["kind"] == "grpo"]
     assert max(kls[0], kls[2]) < 1e-9 < 1e-6 < min(kls[1], kls[3])

@@ -37,7 +37,7 @@ from dsv2.rl.reward_needs import require_judges, reward_models
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
-from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, teaching, update, without_graph
+from dsv2.rl.update import Agreement, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
@@ -249,20 +249,20 @@ class _Run:
         if self.objective.kl_weight:  # its routers choose for themselves: with the policy's experts it would be neither of the two models
             routed_anew = [replace(piece, experts=None) for piece in pieces]
             reference = without_graph(self.reference.at(self._reference_step()), routed_anew, autocast)
-        old = without_graph(self.model, pieces, autocast) if recipe.update.updates > 1 else None
         alarm = recipe.rollout.alarm or _ALARM[recipe.run.precision]
-        agreed = agreement(rollouts, pieces, old, alarm=alarm, step=self.step + 1) if old is not None else None
-        learned = None
+        results: list[UpdateResult] = []
+        old, agreed = None, None  # of the first update
         for _ in range(recipe.update.updates):
-            learned, seen = update(
+            result, seen, found = update(
                 self.model, self.optimizer, pieces, own, self.objective, lr=rate,
                 clip_norm=recipe.optimizer.clip_norm, balance=recipe.balance, autocast=autocast, old=old, reference=reference,
                 recompute=recipe.run.recompute,
-                check=None if agreed else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
+                check=None if results else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
             )  # fmt: skip
-            agreed = agreed or seen
+            results.append(result)
+            old, agreed = old or seen, agreed or found
         self.llm.weights_changed()
-        return learned, agreed, rate
+        return over_updates(results), agreed, rate
 
     def _reference_step(self, step: int | None = None) -> int:
         """Return the step whose policy is the reference of the step after ``step``, of the run's next one if that is None."""
