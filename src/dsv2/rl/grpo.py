@@ -120,6 +120,7 @@ class _Run:
         clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
+        self.num_tokens = state.num_tokens if state else 0
         self.log = RunLog(out, self.step, group_size=recipe.rollout.group_size, tensorboard=tensorboard)
         self.reference = Reference(out, self.model)
         self.llm = LLM(
@@ -147,9 +148,13 @@ class _Run:
                 batch = self._sample()
                 learned, agreed, rate = self._learn(batch)
                 self.step, self.consumed = self.step + 1, batch.consumed
+                self.num_tokens += batch.num_tokens
                 step_s = time.perf_counter() - began
                 self.elapsed += step_s
-                self.log.step(self.step, batch, learned, agreed, rate=rate, step_s=step_s, elapsed_s=self.elapsed)
+                self.log.step(
+                    self.step, batch, learned, agreed,
+                    num_tokens=self.num_tokens, rate=rate, step_s=step_s, elapsed_s=self.elapsed,
+                )  # fmt: skip
                 progress.advance(1, **on_the_bar(batch, learned))
                 last = self.step == run.steps
                 if last or self.step % run.sample_every == 0:
@@ -157,7 +162,8 @@ class _Run:
                 if last or self.step % run.validate_every == 0:
                     self._evaluate()
                 if last or self.step % run.checkpoint_every == 0:
-                    state = TrainingState(self.step, self.consumed, self.elapsed, optimizer_tensors(self.model, self.optimizer))
+                    moments = optimizer_tensors(self.model, self.optimizer)
+                    state = TrainingState(self.step, self.consumed, self.elapsed, moments, num_tokens=self.num_tokens)
                     save_checkpoint(self.out / f"step-{self.step}", self.model, self.tokenizer, training=state)
                     remove_old(self.out, run.keep)
                     self.reference.remove_before(self._reference_step(int(checkpoints(self.out)[0].name.removeprefix("step-"))))

@@ -48,6 +48,7 @@ class RunLog:
         learned: UpdateResult | None,
         agreed: Agreement | None,
         *,
+        num_tokens: int,
         rate: float,
         step_s: float,
         elapsed_s: float,
@@ -59,6 +60,7 @@ class RunLog:
             batch: that it drew.
             learned: what its updates did, see ``over_updates``; None: there was nothing to learn from.
             agreed: how far the engine was from the trainer.
+            num_tokens: of all rollouts of the run so far, with their prompts.
             rate: learning rate.
             step_s: that it took, seconds.
             elapsed_s: that all steps of the run took.
@@ -82,7 +84,7 @@ class RunLog:
                     "sampling/importance_weight/capped": learned.weight_capped,
                 }
         self._metrics.write(
-            step, "grpo", **line, learned_from=len(batch.kept), consumed_prompts=batch.consumed, lr=rate,
+            step, "grpo", **line, num_tokens=num_tokens, learned_from=len(batch.kept), consumed_prompts=batch.consumed, lr=rate,
             rollouts_per_s=round(batch.rollouts_per_s, 2), rollout_s=round(batch.seconds, 3), step_time=round(step_s, 3),
             elapsed_s=round(elapsed_s, 3),
         )  # fmt: skip
