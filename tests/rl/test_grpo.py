@@ -265,6 +265,20 @@ def test_updates_of_a_batch_share_its_old_log_probabilities_and_no_pass_is_made_
     assert first.ratio_max == 1 < line["ratio_max"] == max(result.ratio_max for result, *_ in results)
 
 
+def test_in_bf16_engine_and_trainer_are_near_enough(start: Path, tmp_path: Path) -> None:
+    """The engine multiplies fp32 weights in fp32, the trainer in bf16: further apart than rounding in fp32, and below the alarm."""
+    run = SECTIONS["run"] | {"steps": 2, "precision": "bf16"}
+    train(recipe_of(start, run=run, objective={"correction": "truncate"}), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo"]
+    mean, largest = (max(line[f"sampling/sampling_logp_difference/{what}"] for line in lines) for what in ("mean", "max"))
+    low, high = (
+        extreme(line[f"sampling/importance_sampling_ratio/{what}"] for line in lines) for extreme, what in ((min, "min"), (max, "max"))
+    )
+    print(f"bf16: {mean:.2g} nats apart in the mean, single tokens up to {largest:.2g}; weights {low:.3f} to {high:.3f}")
+    assert 1e-4 < mean < grpo._ALARM["bf16"] / 2 and largest < 0.5 and len(lines) == 2
+    assert low < 1 < high <= 2
+
+
 def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a refresh the reference is the policy: there, and only there, the KL is 0."""
     replayed, without_graph = [], grpo.without_graph

@@ -1,7 +1,7 @@
 """Updates of the policy on a batch of rollouts: log-probabilities of the trainer, the check against the engine's, the loss, the step.
 
-Rollouts of like length make a micro-batch, right-padded. The policy that sampled is the one that the first update on a batch begins with, so
-the old log-probabilities are those of that update's own forward pass, for it and for those that follow (spec 6.2).
+Rollouts of like length make a micro-batch, right-padded. The policy that sampled is the one that the first update on a batch begins with,
+so the old log-probabilities are those of that update's own forward pass, for it and for those that follow (spec 6.2).
 """
 
 import math
