@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,12 @@ def run_dsv2(folder: Path, prompts: int, steps: int) -> dict[str, Any]:
         raise RuntimeError("a group earned equal rewards: dsv2 takes it forward only, TRL backward too, so their times say nothing")
     step_s = statistics.median(b - a for a, b in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False))
     rollout_s = statistics.median(line["rollout_s"] for line in lines)
+    tokens = [after["num_tokens"] - before["num_tokens"] for before, after in pairwise(lines)]
     return {
         "rollouts_per_s": GROUP * prompts / step_s, "step_s": step_s, "rollout_s": rollout_s, "rest_s": step_s - rollout_s,
         "new_tokens": statistics.mean(line["completions/mean_length"] for line in lines),
         "logp_difference": max(line["sampling/sampling_logp_difference/max"] for line in lines),
-        "floor_s": bare_step(folder, int(statistics.median(line["num_tokens"] for line in lines)), GROUP * prompts),
+        "floor_s": bare_step(folder, int(statistics.median(tokens)), GROUP * prompts),
     }  # fmt: skip
 
 

@@ -9,10 +9,11 @@ import torch
 from preference_runs import dpo_recipe, make_pairs, make_start, make_tokenizer, with_threads
 
 from dsv2.checkpoint.huggingface import load_model
+from dsv2.checkpoint.layout import ADAPTER
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.cli import main
 from dsv2.data.loader import sequential_batches
-from dsv2.errors import CheckpointError, DataError
+from dsv2.errors import CheckpointError, ConfigError, DataError
 from dsv2.progress import read_metrics
 from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, reference_log_probs, train_dpo
 from dsv2.rl.preference_data import only_pairs, open_preferences
@@ -111,14 +112,33 @@ def test_it_learns_to_prefer_the_chosen_answers(start, pairs, tmp_path):
     assert Tokenizer.load(latest_checkpoint(tmp_path)).template == "v2", "what it was trained with is what is read later"
 
 
-def test_stopped_and_resumed_is_undisturbed_and_keeps_its_reference(start, pairs, tmp_path, monkeypatch):
-    trained(start, pairs, tmp_path / "peace")
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}])
+def test_stopped_and_resumed_is_undisturbed_and_keeps_its_reference(start, pairs, tmp_path, monkeypatch, lora):
+    trained(start, pairs, tmp_path / "peace", lora=lora)
     with stopping_after(5, monkeypatch):
-        trained(start, pairs, tmp_path / "stopped")
+        trained(start, pairs, tmp_path / "stopped", lora=lora)
     before = np.load(tmp_path / "stopped" / "reference-logps.npy")
-    trained(start, pairs, tmp_path / "stopped")
+    trained(start, pairs, tmp_path / "stopped", lora=lora)
+    assert (latest_checkpoint(tmp_path / "peace") / ADAPTER).exists() == (lora is not None)
     require_equal(tmp_path / "stopped", tmp_path / "peace")
     assert (np.load(tmp_path / "stopped" / "reference-logps.npy") == before).all()
+
+
+def test_adapters_are_held_by_the_model_that_they_began_with_and_merged_where_they_are_kept(start, pairs, tmp_path):
+    run = {"epochs": 4, "checkpoint_every": 100, "keep": 1}
+    model = trained(start, pairs, tmp_path / "run", lora={"rank": 4, "alpha": 8}, run=run, learning_rate={"peak": 1e-2, "warmup_steps": 2})
+    trained(start, pairs, tmp_path / "whole", run={"epochs": 0.5})
+    assert np.array_equal(*(np.load(tmp_path / name / "reference-logps.npy") for name in ("run", "whole"))), "the base, bit for bit"
+    base, kept = load_model(start), load_model(latest_checkpoint(tmp_path / "run"))
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight) and torch.equal(kept.lm_head.weight, base.lm_head.weight)
+    tokens = torch.arange(3, 40)[None]
+    torch.testing.assert_close(kept(tokens).hidden, model(tokens).hidden, rtol=0, atol=1e-5)
+    assert (kept(tokens).hidden - base(tokens).hidden).abs().max() > 1e-2
+    held = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"][-1]
+    assert held["rewards/accuracies"]["pairs"] > 0.9
+    with pytest.raises(ConfigError, match="moves hidden matrices"):
+        trained(start, pairs, tmp_path / "muon", lora={"rank": 4, "alpha": 8}, optimizer={"kind": "muon"})
+    assert not (tmp_path / "muon" / "recipe.toml").exists()
 
 
 def test_a_damaged_start_is_refused_before_anything_is_written(start, pairs, tmp_path):

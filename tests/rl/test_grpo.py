@@ -114,8 +114,12 @@ def test_a_run_stopped_at_any_step_ends_the_same(
     assert metrics == expected[1] and rollouts == expected[2] and len(rollouts) == 4 * 12
     line = next(line for line in metrics if line["kind"] == "grpo")
     assert {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy",
-            "clip_ratio/region_mean", "sampling/sampling_logp_difference/max", "num_tokens"} <= line.keys()  # fmt: skip
+            "clip_ratio/region_mean", "clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/max",
+            "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max"} <= line.keys()  # fmt: skip
     assert ("rewards/length/mean" in line, "steps/reward" in line) == (rewards is None, rewards is not None)
+    totals = [line["num_tokens"] for line in metrics if line["kind"] == "grpo"]
+    drawn = [sum(row["num_tokens"] for row in rollouts if row["step"] <= step) for step in range(1, 5)]
+    assert all(total - own > 12 for total, own in zip(totals, drawn, strict=True)) and totals == sorted({*totals})
     assert max(line["sampling/sampling_logp_difference/max"] for line in metrics if line["kind"] == "grpo") <= 1e-5
     assert sorted(path.name for path in (tmp_path / "whole").glob("reference-*")) == ["reference-0.safetensors", "reference-2.safetensors"]
 
@@ -228,6 +232,8 @@ def test_cut_answers_can_be_left_out(start: Path, tmp_path: Path) -> None:
     assert [row["index"] for row in rows if "example" in row] == [0, 0, 0]
     line = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "grpo")
     assert line["unscored"] == line["rewards/odd/unscored"] == 3 and line["rewards/odd/failed"] == 0
+    ended = [row["num_tokens"] for row in rows if row["finish_reason"] == "stop"]
+    assert [line[f"completions/{what}_terminated_length"] for what in ("min", "max")] == [min(ended), max(ended)]
 
 
 def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +246,7 @@ def test_the_reference_is_refreshed_and_routes_itself(start: Path, tmp_path: Pat
 
     monkeypatch.setattr(grpo, "without_graph", watched)
     train(recipe_of(start), tmp_path / "two")
-    assert set(replayed) == {(True, True), (False, False)}
+    assert set(replayed) == {(False, False)}
     train(recipe_of(start, update={"updates": 1}), tmp_path / "one")
     kls = [line["kl"] for line in read_metrics(tmp_path / "one" / "metrics.jsonl") if line["kind"] == "grpo"]
     assert max(kls[0], kls[2]) < 1e-9 < 1e-6 < min(kls[1], kls[3])

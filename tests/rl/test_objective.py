@@ -130,6 +130,11 @@ def test_what_is_watched():
     assert whole.clipped_high.item() == pytest.approx(1 / 4) and whole.clipped_low.item() == pytest.approx(1 / 4)
     assert whole.ratio_max.item() == pytest.approx(1.5**5)
     assert parts.weight_mean is None and parts.weight_capped is None
+    for sign, low_min, high_max in ((-1.0, 1 / 6, 0.0), (1.0, 0.0, 1 / 3)):  # each output's first token is clipped, of 5, 3 and 6
+        old = NOW[:3].clone()
+        old[:, 0] -= sign * math.log(1.5)
+        parts = grpo_loss(PRESETS["deepseekmath"], NOW[:3], old, REF[:3], torch.full((3,), sign, dtype=torch.float64), MASK[:3])
+        assert (parts.clipped_low_min.item(), parts.clipped_high_max.item()) == pytest.approx((low_min, high_max))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -233,6 +238,7 @@ def test_importance_weights():
     assert parts.loss.item() == pytest.approx(-sum(a * w for a, w in zip(A, [1, 1.5, 2, 0.5], strict=True)) / 4)
     assert parts.weight_mean.item() == pytest.approx((5 * 1 + 3 * 1.5 + 6 * 2 + 0.5) / 15)
     assert parts.weight_capped.item() == pytest.approx(6 / 15)
+    assert (parts.weight_min.item(), parts.weight_max.item()) == pytest.approx((0.5, 2.0))
 
 
 def test_a_far_ratio_stays_a_number():

@@ -200,12 +200,16 @@ def test_it_learns_the_rule(start, pairs, tmp_path, kind):
     assert first["loss"] == pytest.approx({"pairwise": math.log(2), "logistic": math.log(2), "squared": 0.5}[kind], abs=1e-6)
 
 
-def test_stopped_and_resumed_is_undisturbed(start, pairs, tmp_path, monkeypatch):
-    trained(start, pairs, tmp_path / "peace")
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}])
+def test_stopped_and_resumed_is_undisturbed(start, pairs, tmp_path, monkeypatch, lora):
+    model, data = trained(start, pairs, tmp_path / "peace", lora=lora)
     with stopping_after(5, monkeypatch):
-        trained(start, pairs, tmp_path / "stopped")
-    trained(start, pairs, tmp_path / "stopped")
+        trained(start, pairs, tmp_path / "stopped", lora=lora)
+    trained(start, pairs, tmp_path / "stopped", lora=lora)
     require_equal(tmp_path / "stopped", tmp_path / "peace")
+    answers = [tokens.tolist() for tokens in data.rows.answers.tokens[:8]]
+    assert model.score_head.weight.any(), "trained itself, with adapters too"
+    assert RewardModel.load(tmp_path / "stopped").score(answers) == pytest.approx(model.score(answers), abs=1e-5)
 
 
 def test_the_command_trains_and_the_run_goes_on_from_a_reward_model(start, pairs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dsv2.rl import update as update_file
 from dsv2.rl.objective import Objective
 from dsv2.rl.rollout import Rollout, _Draft, draw
 from dsv2.rl.tools import Calculator
-from dsv2.rl.update import LogProbsDiffer, UpdateResult, agreement, log_probs, pad, teaching, update, without_graph
+from dsv2.rl.update import LogProbsDiffer, UpdateResult, agreement, log_probs, over_updates, pad, teaching, update, without_graph
 from dsv2.train.losses import BalanceSection
 
 QUESTIONS = [
@@ -36,6 +37,7 @@ def test_engine_and_trainer_agree_on_every_token(llm: LLM, policy: Transformer, 
     assert len(pieces) > 1 and sorted(row for piece in pieces for row in piece.rows.tolist()) == list(range(9))
     found = agreement(rollouts, pieces, without_graph(policy, pieces, nullcontext()), alarm=1e-5, step=1)
     assert found.largest <= 1e-5 and abs(found.ratio_mean - 1) < 1e-5
+    assert max(1 - found.ratio_min, found.ratio_max - 1) == pytest.approx(found.largest, rel=1e-3)
 
 
 def test_every_token_goes_to_the_experts_of_its_rollout(llm: LLM, policy: Transformer) -> None:
@@ -157,11 +159,30 @@ def test_weights_correct_a_sampler_that_was_another(llm: LLM, policy: Transforme
         policy.load_state_dict(start)
         objective = Objective(kl_weight=0.0, correction=correction, correction_cap=1.5)
         result = learn(policy, rollouts, pad(rollouts, micro_tokens=200, replay=True), objective=objective, clip_norm=1e9)
-        shown.append((result.weight_mean, result.weight_capped))
+        shown.append((result.weight_min, result.weight_mean, result.weight_max, result.weight_capped))
         moved.append(policy.lm_head.weight.detach() - start["lm_head.weight"])
     assert moved[0].abs().max() > 1e-4 and not moved[2].any()
     torch.testing.assert_close(moved[1], 1.5 * moved[0], rtol=0, atol=2e-6)
-    assert shown == [(None, None), (1.5, 1.0), (0.0, 1.0)]
+    assert shown == [(None,) * 4, (1.5, 1.5, 1.5, 1.0), (0.0, 0.0, 0.0, 1.0)]
+
+
+def test_a_second_update_goes_by_the_log_probabilities_that_the_first_began_with(llm: LLM, policy: Transformer) -> None:
+    rollouts = drawn(llm)
+    pieces = pad(rollouts, micro_tokens=200, replay=True)
+    before = without_graph(policy, pieces, nullcontext())
+    options = {"lr": 0.1, "clip_norm": 1.0, "balance": NO_BALANCE, "autocast": nullcontext()}
+    optimizer, values = torch.optim.SGD(policy.parameters()), torch.linspace(-1, 1, 9)
+    step = partial(update, policy, optimizer, pieces, values, replace_kl(Objective()), **options)
+    first, seen, _ = step()
+    for found, expected in zip(seen, before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    moved = [(now - then).exp().amax().item() for now, then in zip(without_graph(policy, pieces, nullcontext()), before, strict=True)]
+    second, _, _ = step(old=seen)
+    assert first.ratio_max == 1 < 1.001 < max(moved) == pytest.approx(second.ratio_max, rel=1e-5)
+    both = over_updates([first, second])
+    assert both.ratio_max == second.ratio_max and both.grad_norm == max(first.grad_norm, second.grad_norm) and both.kl is None
+    assert both.loss == (first.loss + second.loss) / 2 != second.loss and both.entropy == (first.entropy + second.entropy) / 2
+    assert over_updates([second]) == second
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 10_000])

@@ -44,6 +44,7 @@ class TrainingState:
         elapsed_s: training seconds so far, over all resumes.
         optimizer: moments by ``parameter name + "." + moment``.
         guard: JSON values of the guard against loss spikes; empty without one.
+        num_tokens: of the rollouts so far, where a run draws any.
     """
 
     step: int
@@ -51,6 +52,7 @@ class TrainingState:
     elapsed_s: float
     optimizer: Mapping[str, Tensor]
     guard: Mapping[str, Any] = field(default_factory=dict)
+    num_tokens: int = 0
 
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, *, training: TrainingState | None = None) -> None:
@@ -95,6 +97,7 @@ def _save_training(folder: Path, training: TrainingState) -> None:
     folder.mkdir()
     save_tensors(folder / "optimizer.safetensors", training.optimizer)
     state = {"step": training.step, "consumed_samples": training.consumed_samples, "elapsed_s": training.elapsed_s}
+    state |= {"num_tokens": training.num_tokens} if training.num_tokens else {}
     atomic_write_json(folder / "state.json", state | ({"guard": dict(training.guard)} if training.guard else {}))
 
 
@@ -106,7 +109,8 @@ def load_training(folder: Path) -> TrainingState:
     """
     state = _read_state(folder)
     optimizer = load_tensors(folder / "training" / "optimizer.safetensors")
-    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer, state.get("guard", {}))
+    guard, num_tokens = state.get("guard", {}), state.get("num_tokens", 0)
+    return TrainingState(state["step"], state["consumed_samples"], state["elapsed_s"], optimizer, guard, num_tokens)
 
 
 def load_guard(folder: Path) -> Mapping[str, Any]:

@@ -61,10 +61,14 @@ class Adapter(nn.Module):
 def adapt(model: Transformer, section: LoraSection, seed: int) -> None:
     """Freeze a model's weights and give those that the section names an adapter; the same seed draws the same A.
 
+    A reward model's head, a single row that begins at 0, is trained itself.
+
     Raises:
         ConfigError: a target names no matrix of any block, or a rank is not below a matrix's sizes.
     """
     model.requires_grad_(False)
+    if model.head == "score":
+        model.get_submodule("score_head").requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     met: set[str] = set()
     for block in model.model.layers:
@@ -94,8 +98,8 @@ def is_adapted(model: Transformer) -> bool:
 
 
 def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Return A and B of every adapter by name: what is trained, and all that has to be kept beside the model that it began from."""
-    return {name: parameter for name, parameter in model.named_parameters() if _SUFFIX in name}
+    """Return what an adapted model trains, by name: A and B of every adapter, a reward model's head; all to keep beside its beginning."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager

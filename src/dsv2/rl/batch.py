@@ -29,6 +29,11 @@ class Batch:
     seconds: float
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all rollouts, each with its prompt."""
+        return sum(len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in self.drawn)
+
+    @property
     def rollouts_per_s(self) -> float:
         """Rollouts drawn and scored a second."""
         return len(self.drawn) / self.seconds

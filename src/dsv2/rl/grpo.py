@@ -36,7 +36,7 @@ from dsv2.rl.reward_needs import given_sections, judges_of, require_judges, rewa
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
-from dsv2.rl.update import Agreement, UpdateResult, agreement, pad, teaching, update, without_graph
+from dsv2.rl.update import Agreement, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
@@ -46,7 +46,8 @@ from dsv2.train.schedule import learning_rate
 from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
 _UNHURRIED_S = 1e6  # of an engine step: with a bound in seconds, which prompts share a step would depend on the clock
-_ALARM = {"fp32": 1e-5, "bf16": 0.05}  # of the mean difference, nats
+# Of the mean difference, nats. In fp32 it is 1e-6 (docs/decisions.md); in bf16 0.001 to 0.017 was measured (docs/grpo.md).
+_ALARM = {"fp32": 1e-5, "bf16": 0.05}
 
 
 def run(
@@ -121,6 +122,7 @@ class _Run:
         clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
+        self.num_tokens = state.num_tokens if state else 0
         self.log = RunLog(out, self.step, group_size=recipe.rollout.group_size, tensorboard=tensorboard)
         self.reference = Reference(out, self.model)
         self.llm = LLM(
@@ -148,9 +150,13 @@ class _Run:
                 batch = self._sample()
                 learned, agreed, rate = self._learn(batch)
                 self.step, self.consumed = self.step + 1, batch.consumed
+                self.num_tokens += batch.num_tokens
                 step_s = time.perf_counter() - began
                 self.elapsed += step_s
-                self.log.step(self.step, batch, learned, agreed, rate=rate, step_s=step_s, elapsed_s=self.elapsed)
+                self.log.step(
+                    self.step, batch, learned, agreed,
+                    num_tokens=self.num_tokens, rate=rate, step_s=step_s, elapsed_s=self.elapsed,
+                )  # fmt: skip
                 progress.advance(1, **on_the_bar(batch, learned))
                 last = self.step == run.steps
                 if last or self.step % run.sample_every == 0:
@@ -158,7 +164,8 @@ class _Run:
                 if last or self.step % run.validate_every == 0:
                     self._evaluate()
                 if last or self.step % run.checkpoint_every == 0:
-                    state = TrainingState(self.step, self.consumed, self.elapsed, optimizer_tensors(self.model, self.optimizer))
+                    moments = optimizer_tensors(self.model, self.optimizer)
+                    state = TrainingState(self.step, self.consumed, self.elapsed, moments, num_tokens=self.num_tokens)
                     save_checkpoint(self.out / f"step-{self.step}", self.model, self.tokenizer, training=state)
                     remove_old(self.out, run.keep)
                     self.reference.remove_before(self._reference_step(int(checkpoints(self.out)[0].name.removeprefix("step-"))))
@@ -250,20 +257,20 @@ class _Run:
         if self.objective.kl_weight:  # its routers choose for themselves: with the policy's experts it would be neither of the two models
             routed_anew = [replace(piece, experts=None) for piece in pieces]
             reference = without_graph(self.reference.at(self._reference_step()), routed_anew, autocast)
-        old = without_graph(self.model, pieces, autocast) if recipe.update.updates > 1 else None
         alarm = recipe.rollout.alarm or _ALARM[recipe.run.precision]
-        agreed = agreement(rollouts, pieces, old, alarm=alarm, step=self.step + 1) if old is not None else None
-        learned = None
+        results: list[UpdateResult] = []
+        old, agreed = None, None  # of the first update
         for _ in range(recipe.update.updates):
-            learned, seen = update(
+            result, seen, found = update(
                 self.model, self.optimizer, pieces, own, self.objective, lr=rate,
                 clip_norm=recipe.optimizer.clip_norm, balance=recipe.balance, autocast=autocast, old=old, reference=reference,
                 recompute=recipe.run.recompute,
-                check=None if agreed else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
+                check=None if results else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
             )  # fmt: skip
-            agreed = agreed or seen
+            results.append(result)
+            old, agreed = old or seen, agreed or found
         self.llm.weights_changed()
-        return learned, agreed, rate
+        return over_updates(results), agreed, rate
 
     def _reference_step(self, step: int | None = None) -> int:
         """Return the step whose policy is the reference of the step after ``step``, of the run's next one if that is None."""

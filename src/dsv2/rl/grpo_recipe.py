@@ -27,7 +27,8 @@ class GrpoRunSection(PaceSection):
         description=f"most tokens of a prompt with its answer; absent: the model's context, at most {TuningRecipe.most_places:,}",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="fp32", description="of the trainer's products; with bf16 its log-probabilities are further from the engine's"
+        default="fp32",
+        description="of the trainer's products; with bf16 its log-probabilities are further from the engine's: set objective.correction",
     )
     loader_workers: Literal[0] = Field(default=0, description="none: prompts are at hand")
     profile_steps: Literal[0] = Field(default=0, description="none: no profile is taken")

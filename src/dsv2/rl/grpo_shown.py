@@ -49,6 +49,7 @@ class RunLog:
         learned: UpdateResult | None,
         agreed: Agreement | None,
         *,
+        num_tokens: int,
         rate: float,
         step_s: float,
         elapsed_s: float,
@@ -58,8 +59,9 @@ class RunLog:
         Args:
             step: its number, from 1.
             batch: that it drew.
-            learned: what its last update did; None: there was nothing to learn from.
+            learned: what its updates did, see ``over_updates``; None: there was nothing to learn from.
             agreed: how far the engine was from the trainer.
+            num_tokens: of all rollouts of the run so far, with their prompts.
             rate: learning rate.
             step_s: that it took, seconds.
             elapsed_s: that all steps of the run took.
@@ -69,14 +71,21 @@ class RunLog:
             line |= {
                 "loss": learned.loss, "kl": learned.kl, "kl_loss": learned.kl_loss, "entropy": learned.entropy,
                 "grad_norm": learned.grad_norm, "clip_ratio/low_mean": learned.clipped_low, "clip_ratio/high_mean": learned.clipped_high,
-                "clip_ratio/region_mean": learned.clipped_low + learned.clipped_high, "ratio_max": learned.ratio_max,
+                "clip_ratio/region_mean": learned.clipped_low + learned.clipped_high, "clip_ratio/low_min": learned.clipped_low_min,
+                "clip_ratio/high_max": learned.clipped_high_max, "ratio_max": learned.ratio_max,
                 "sampling/sampling_logp_difference/max": agreed.largest, "sampling/sampling_logp_difference/mean": agreed.mean,
-                "sampling/importance_sampling_ratio/mean": agreed.ratio_mean,
+                "sampling/importance_sampling_ratio/min": agreed.ratio_min, "sampling/importance_sampling_ratio/mean": agreed.ratio_mean,
+                "sampling/importance_sampling_ratio/max": agreed.ratio_max,
             }  # fmt: skip
-            if learned.weight_mean is not None:
-                line |= {"sampling/importance_weight/mean": learned.weight_mean, "sampling/importance_weight/capped": learned.weight_capped}
+            if learned.weight_mean is not None:  # as they weigh the loss, cut or dropped, which is what TRL shows
+                line |= {
+                    "sampling/importance_sampling_ratio/min": learned.weight_min,
+                    "sampling/importance_sampling_ratio/mean": learned.weight_mean,
+                    "sampling/importance_sampling_ratio/max": learned.weight_max,
+                    "sampling/importance_weight/capped": learned.weight_capped,
+                }
         self._metrics.write(
-            step, "grpo", **line, learned_from=len(batch.kept), consumed_prompts=batch.consumed, lr=rate,
+            step, "grpo", **line, num_tokens=num_tokens, learned_from=len(batch.kept), consumed_prompts=batch.consumed, lr=rate,
             rollouts_per_s=round(batch.rollouts_per_s, 2), rollout_s=round(batch.seconds, 3), step_time=round(step_s, 3),
             elapsed_s=round(elapsed_s, 3),
         )  # fmt: skip

@@ -92,8 +92,12 @@ class LossParts:
         kl_loss: the part of the loss, unweighted: its own estimator, level and mean; None without a reference.
         clipped_low: share of ratios below the lower clip whose advantage is negative, hence without gradient.
         clipped_high: share above the upper clip whose advantage is positive. Of tokens, or of outputs where ratios are of those.
+        clipped_low_min: of the outputs' own shares below the lower clip the least.
+        clipped_high_max: of their shares above the upper clip the greatest.
         ratio_max: the largest pi_theta / pi_old.
-        weight_mean: of the importance weights, likewise of tokens or outputs; None without weights.
+        weight_min: the least importance weight; None without weights.
+        weight_mean: of them, likewise of tokens or outputs; None without weights.
+        weight_max: the greatest of them; None without weights.
         weight_capped: share of them that was cut at the cap, or dropped above it.
     """
 
@@ -102,8 +106,12 @@ class LossParts:
     kl_loss: Float[Tensor, ""] | None
     clipped_low: Float[Tensor, ""]
     clipped_high: Float[Tensor, ""]
+    clipped_low_min: Float[Tensor, ""]
+    clipped_high_max: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
+    weight_min: Float[Tensor, ""] | None
     weight_mean: Float[Tensor, ""] | None
+    weight_max: Float[Tensor, ""] | None
     weight_capped: Float[Tensor, ""] | None
 
 
@@ -154,15 +162,20 @@ def grpo_loss(
     def share(values: Tensor) -> Tensor:
         return _mean(values.detach().to(logp.dtype), mask, "output" if objective.ratio == "output" else "tokens")
 
+    low, high = (rho < 1 - objective.clip_low) & (advantages < 0), (rho > 1 + objective.clip_high) & (advantages > 0)
     return LossParts(
-        loss,
-        divergence,
-        None if in_loss is None else in_loss.detach(),
-        share((rho < 1 - objective.clip_low) & (advantages < 0)),
-        share((rho > 1 + objective.clip_high) & (advantages > 0)),
-        torch.where(mask, rho, 0.0).amax().detach(),
-        None if weights is None else share(weights),
-        None if weights is None else share((weights == 0) | (weights >= objective.correction_cap)),
+        loss=loss,
+        kl=divergence,
+        kl_loss=None if in_loss is None else in_loss.detach(),
+        clipped_low=share(low),
+        clipped_high=share(high),
+        clipped_low_min=_shares(low, mask, 1.0).amin(),
+        clipped_high_max=_shares(high, mask, 0.0).amax(),
+        ratio_max=torch.where(mask, rho, 0.0).amax().detach(),
+        weight_min=None if weights is None else torch.where(mask, weights, torch.inf).amin(),
+        weight_mean=None if weights is None else share(weights),
+        weight_max=None if weights is None else torch.where(mask, weights, 0.0).amax(),
+        weight_capped=None if weights is None else share((weights == 0) | (weights >= objective.correction_cap)),
     )
 
 
@@ -307,6 +320,12 @@ def _at_level(logp: Tensor, other: Tensor, mask: Tensor, level: Level) -> tuple[
         return masked
     now, then = (part.sum(dim=1, keepdim=True).expand_as(logp) for part in masked)
     return now, then
+
+
+def _shares(flags: Tensor, mask: Tensor, empty: float) -> Tensor:
+    """Return of each row the share of its tokens that are flagged; ``empty`` where it has none."""
+    counts = mask.sum(dim=1)
+    return torch.where(counts > 0, (flags & mask).sum(dim=1) / counts.clamp_min(1), empty)
 
 
 def _surrogate(rho: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:

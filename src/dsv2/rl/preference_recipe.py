@@ -6,6 +6,7 @@ from pydantic import Field
 
 from dsv2.config import Section
 from dsv2.data.conversation_rows import TooLong
+from dsv2.model.lora import LoraSection
 from dsv2.tokenizer.chat import Template
 from dsv2.train.guard import GuardSection
 from dsv2.train.optimizer import OptimizerSection
@@ -43,6 +44,7 @@ class PreferenceRecipe(TuningRecipe):
     data: PreferencesSection = PreferencesSection()
     optimizer: OptimizerSection = OptimizerSection()
     guard: GuardSection = GuardSection()
+    lora: LoraSection | None = Field(default=None, description="Low-rank adapters instead of all weights; absent: all weights.")
 
 
 class RewardLossSection(Section):

@@ -10,14 +10,15 @@ import torch
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
-from dsv2.model.accounting import count_parameters
+from dsv2.model.lora import adapt
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, console, table
 from dsv2.rl.preference_data import PreferenceData
 from dsv2.rl.preference_recipe import PreferenceRecipe
+from dsv2.train.adapters import describe_trained, require_trainable
 from dsv2.train.loop import LoopPlan, resume_from, train
 from dsv2.train.losses import BalanceSection, Objective
-from dsv2.train.memory import keep_freed_memory, require_training_memory
+from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
@@ -72,6 +73,8 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
     model = stage.model(start)
     require_intact(start.folder)
     stage.fill(model, start)
+    if recipe.lora is not None:  # an adapter's difference is 0 as yet: the objective finds the model that the run begins from
+        adapt(model, recipe.lora, recipe.run.seed)
     model.to(device)
     begin_run(recipe, data.fingerprint, out, device, begins_from)
     objective, evaluate = stage.objective(model, plan, out)
@@ -79,7 +82,7 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
     state = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(state.step if state else 0)
     loader = Loader(data.rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)
-    print_plan(recipe, start, data, plan, stage.loss, state.step if state else 0)
+    print_plan(recipe, start, data, plan, model, stage.loss, state.step if state else 0)
     keep_freed_memory()
     try:
         train(
@@ -103,10 +106,12 @@ def _check(recipe: PreferenceRecipe, start: Start, data: PreferenceData, most: i
     context = start.config.max_position_embeddings
     if longest > context:
         raise ConfigError(f"an answer has {longest:,} tokens; the model's context holds {context:,}", hint=f"set run.seq_len={context}")
-    require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
+    require_trainable(start.config, recipe.lora, recipe.optimizer)
 
 
-def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, plan: LoopPlan, loss: str, done: int) -> None:
+def print_plan(
+    recipe: PreferenceRecipe, start: Start, data: PreferenceData, plan: LoopPlan, model: Transformer, loss: str, done: int
+) -> None:
     """Print what was read and what the run is about to do; ``done`` steps of it are behind it."""
     for name, report in data.reports.items():
         for line in report.lines():
@@ -118,6 +123,7 @@ def print_plan(recipe: PreferenceRecipe, start: Start, data: PreferenceData, pla
         ("what", "value"),
         [
             ("model", f"{start.folder}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
+            ("trained", describe_trained(model, recipe.lora)),
             ("preferences", ", ".join(f"{domain} {count:,}" for domain, count in data.num_preferences.items())),
             ("answers", f"{len(answers):,}" + (f"; {answers.cut:,} without their beginning" if answers.cut else "")),
             *([("left out", ", ".join(f"{count:,}: {reason}" for reason, count in data.dropped.items()))] if data.dropped else []),

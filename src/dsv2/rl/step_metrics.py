@@ -27,7 +27,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
         "completions/mean_terminated_length": _mean(ended),
-        "num_tokens": sum(len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in rollouts),
+        "completions/min_terminated_length": min(ended, default=None),
+        "completions/max_terminated_length": max(ended, default=None),
         "unscored": len(rollouts) - len(known),
     }
     for name, values in scores.parts.items():

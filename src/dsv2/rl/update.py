@@ -1,12 +1,14 @@
 """Updates of the policy on a batch of rollouts: log-probabilities of the trainer, the check against the engine's, the loss, the step.
 
-Rollouts of like length make a micro-batch, right-padded. With one update a batch the policy that sampled is the one that is trained, so the
-old log-probabilities are those of the same forward pass; with more, a pass without gradient takes them first (spec 6.2).
+Rollouts of like length make a micro-batch, right-padded. The policy that sampled is the one that the first update on a batch begins with,
+so the old log-probabilities are those of that update's own forward pass, for it and for those that follow (spec 6.2).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +64,16 @@ class Agreement:
     Args:
         largest: of the differences, nats.
         mean: of them.
-        ratio_mean: of pi_trainer / pi_engine.
+        ratio_min: of pi_trainer / pi_engine, of a token.
+        ratio_mean: of the same.
+        ratio_max: of the same.
     """
 
     largest: float
     mean: float
+    ratio_min: float
     ratio_mean: float
+    ratio_max: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +86,12 @@ class UpdateResult:
     entropy: float
     clipped_low: float
     clipped_high: float
+    clipped_low_min: float
+    clipped_high_max: float
     ratio_max: float
+    weight_min: float | None
     weight_mean: float | None
+    weight_max: float | None
     weight_capped: float | None
     grad_norm: float
 
@@ -181,12 +191,15 @@ def agreement(
     Raises:
         LogProbsDiffer: they differ by more: the rollouts are of other weights, or a kernel is wrong.
     """
-    largest, total, ratio, count, worst = 0.0, 0.0, 0.0, 0, None
+    largest, total, count, worst = 0.0, 0.0, 0, None
+    ratio_sum, ratio_min, ratio_max = 0.0, math.inf, 0.0
     for piece, logp in zip(pieces, trainer, strict=True):
         apart = torch.where(piece.mask, logp.detach().double() - piece.behaviour.double(), 0.0)
         count += int(piece.mask.sum())
         total += apart.abs().sum().item()
-        ratio += torch.where(piece.mask, apart.exp(), 0.0).sum().item()
+        ratio = apart[piece.mask].exp()
+        ratio_sum += ratio.sum().item()
+        ratio_min, ratio_max = min(ratio_min, ratio.min().item()), max(ratio_max, ratio.max().item())
         if (here := apart.abs().max().item()) > largest or worst is None:
             row, token = divmod(int(apart.abs().argmax()), apart.shape[1])
             largest, worst = here, (int(piece.rows[row]), token, piece.behaviour[row, token].item(), logp[row, token].item())
@@ -200,7 +213,7 @@ def agreement(
             f"{largest:.2g} here; allowed are {alarm:g} and {SINGLE * alarm:g}",
             hint="the rollouts are of other weights than are trained, or a kernel is wrong; rollout.alarm sets the limit",
         )
-    return Agreement(largest, mean, ratio / count)
+    return Agreement(largest, mean, ratio_min, ratio_sum / count, ratio_max)
 
 
 def update(
@@ -218,8 +231,8 @@ def update(
     reference: Sequence[Tensor] | None = None,
     recompute: bool = False,
     check: Callable[[list[Tensor]], Agreement] | None = None,
-) -> tuple[UpdateResult, Agreement | None]:
-    """Take one optimiser step on a batch; return what it did, and what ``check`` found.
+) -> tuple[UpdateResult, list[Tensor], Agreement | None]:
+    """Take one optimiser step on a batch.
 
     Args:
         model: the policy.
@@ -231,10 +244,13 @@ def update(
         clip_norm: largest global gradient norm.
         balance: weights of the balance losses.
         autocast: a context for the forward passes.
-        old: log-probabilities of the policy that sampled, by piece; None: those of this pass.
+        old: log-probabilities of the policy that sampled, by piece; None: those of this pass, the first on the batch.
         reference: of the reference, by piece; None: no KL.
         recompute: compute blocks again in the backward pass.
         check: given the trainer's log-probabilities before the step is taken; what it raises, prevents the step.
+
+    Returns:
+        What the step did; the log-probabilities before it, by piece, which are ``old`` of the next one on this batch; what ``check`` found.
 
     Raises:
         TrainingDiverged: loss or gradient is not finite; the weights stay as they were.
@@ -272,7 +288,19 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         raise
     norm = _step(model, optimizer, lr, clip_norm)
-    return _figures(parts, pieces, objective, entropies, norm), found
+    return _figures(parts, pieces, objective, entropies, norm), seen, found
+
+
+def over_updates(results: Sequence[UpdateResult]) -> UpdateResult:
+    """Return the means of the updates on a batch; of ``ratio_max`` and ``grad_norm`` the largest, so that one that explodes is seen."""
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(UpdateResult)):
+        values = [value for result in results if (value := getattr(result, name)) is not None]
+        if name in ("ratio_max", "grad_norm"):
+            found[name] = max(values)
+        else:
+            found[name] = sum(values) / len(values) if values else None
+    return UpdateResult(**found)
 
 
 def _figures(parts: Sequence[LossParts], pieces: Sequence[Padded], objective: Objective, entropies: float, norm: float) -> UpdateResult:
@@ -288,8 +316,12 @@ def _figures(parts: Sequence[LossParts], pieces: Sequence[Padded], objective: Ob
         entropy=entropies / max(1.0, sum(tokens)),
         clipped_low=_mean(parts, counted, "clipped_low"),
         clipped_high=_mean(parts, counted, "clipped_high"),
+        clipped_low_min=min(part.clipped_low_min.item() for part in parts),
+        clipped_high_max=max(part.clipped_high_max.item() for part in parts),
         ratio_max=max(part.ratio_max.item() for part in parts),
+        weight_min=min(part.weight_min.item() for part in parts if part.weight_min is not None) if weighed else None,
         weight_mean=_mean(parts, counted, "weight_mean") if weighed else None,
+        weight_max=max(part.weight_max.item() for part in parts if part.weight_max is not None) if weighed else None,
         weight_capped=_mean(parts, counted, "weight_capped") if weighed else None,
         grad_norm=norm,
     )

@@ -9,13 +9,13 @@ from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
-from dsv2.model.accounting import count_parameters
 from dsv2.model.config import ModelConfig
 from dsv2.model.lora import adapt
 from dsv2.model.transformer import Transformer
 from dsv2.progress import MetricsLog, console, table
+from dsv2.train.adapters import describe_trained, require_trainable
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
-from dsv2.train.memory import keep_freed_memory, require_training_memory
+from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
@@ -96,13 +96,7 @@ def _check(recipe: SftRecipe, config: ModelConfig, num_rows: int) -> None:
             f"the conversations make {num_rows:,} rows, {most:,} in {recipe.run.epochs:g} epochs; a batch takes {smallest:,}",
             hint=f"lower batch.sequences to {max(1, most // 20)} or so, lower run.seq_len, or give more data",
         )
-    if recipe.lora is not None and recipe.optimizer.kind == "muon":
-        raise ConfigError(
-            "optimizer.kind = 'muon' moves hidden matrices, which stay as they are with lora", hint="set optimizer.kind=adamw"
-        )
-    # With adapters: the weights, and the adapted ones beside them. Without: weights, gradients and two moments.
-    needed = (8 if recipe.lora else 16) * count_parameters(config).total
-    require_training_memory(needed, hint="train adapters: lora.rank=16 lora.alpha=32" if recipe.lora is None else "choose a smaller model")
+    require_trainable(config, recipe.lora, recipe.optimizer)
 
 
 def _validator(recipe: SftRecipe, data: ConversationData, plan: LoopPlan) -> Callable[[Transformer], dict[str, DomainLoss]] | None:
@@ -120,15 +114,13 @@ def print_plan(recipe: SftRecipe, start: Start, data: ConversationData, plan: Lo
         for line in report.lines():
             console().print(f"{name}: {line}", markup=False, soft_wrap=True)
     steps, config, samples, fim = plan.steps(), start.config, data.rows.samples, data.fim
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    how = f"adapters of rank {recipe.lora.rank}" if recipe.lora else "all weights"
     by_domain = ", ".join(f"{domain} {count:,}" for domain, count in data.num_conversations.items())
     held = ", ".join(f"{domain} {len(held.rows.samples):,}" for domain, held in data.held_out.items()) or "none"
     told = f"{fim.used:,} documents, {fim.used / len(samples):.1%} of the samples; {fim.too_long:,} passed over, longer than a row"
     balance = recipe.balance
     rows = [
         ("model", f"{start.folder}: {config.num_hidden_layers} layers, d {config.hidden_size}"),
-        ("trained", f"{trained:,} of {count_parameters(config).total:,} parameters: {how}"),
+        ("trained", describe_trained(model, recipe.lora)),
         ("conversations", by_domain + (f"; {samples.cut:,} cut to a row" if samples.cut else "")),
         *([("fill in the middle", told)] if fim.used else []),
         ("held out", held),
