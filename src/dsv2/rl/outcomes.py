@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2.errors import DataError
 from dsv2.rl.reward import NoScore
-from dsv2.tasks.verdict import Limits
+from dsv2.tasks.verdict import Limits, Verdict
 
 if TYPE_CHECKING:
     from dsv2.tasks.cases import Tests
@@ -43,14 +43,14 @@ def by_answer(texts: Sequence[str], examples: Sequence[Example], *, exact: bool 
 
 
 def by_tests(texts: Sequence[str], examples: Sequence[Example], *, limits: Limits = PROGRAM_LIMITS) -> Outcomes:
-    """Judge the programs in answers by the tests of their examples, several at once; an answer without one is wrong.
+    """Judge the programs in answers by the tests of their examples, several at once and equal ones once; an answer without one is wrong.
 
     Args:
         texts: answers.
         examples: one for each, with tests as ``tests_of`` reads them.
         limits: what a program may take for all of its tests together.
     """
-    from dsv2.tasks.code import extract_code, grade_all
+    from dsv2.tasks.code import extract_code
 
     found: Outcomes = []
     written: dict[int, tuple[str, Tests]] = {}
@@ -60,10 +60,19 @@ def by_tests(texts: Sequence[str], examples: Sequence[Example], *, limits: Limit
         program = None if missing else extract_code(text)
         if program is not None:
             written[place] = program, tests_of(example)
-    verdicts = grade_all([program for program, _ in written.values()], [tests for _, tests in written.values()], limits)
-    for place, verdict in zip(written, verdicts, strict=True):
+    for place, verdict in _graded(written, limits).items():
         found[place] = NoScore(verdict.detail) if verdict.score is None else verdict.score
     return found
+
+
+def _graded(written: Mapping[int, tuple[str, "Tests"]], limits: Limits) -> dict[int, Verdict]:
+    """Return what came of the program at each place with its tests; the same program with the same tests is run once."""
+    from dsv2.tasks.code import grade_all
+
+    distinct = list(dict.fromkeys(written.values()))
+    graded = grade_all([program for program, _ in distinct], [tests for _, tests in distinct], limits)
+    verdicts = dict(zip(distinct, graded, strict=True))
+    return {place: verdicts[pair] for place, pair in written.items()}
 
 
 def tests_of(example: Example) -> "Tests":

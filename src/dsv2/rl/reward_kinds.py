@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,8 @@ from dsv2.tasks.verdict import MIB, Limits
 if TYPE_CHECKING:
     from dsv2.rl.rollout import Rollout
     from dsv2.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class RewardSection(Section):
@@ -191,15 +193,30 @@ def _require_sandbox(section: RewardSection) -> None:
 
 
 def _model(section: RewardSection, tokenizer: "Tokenizer | None", seq_len: int) -> Reward | StepReward:
-    """The reward model's score of prompt and answer, token for token; or of prompt and answer up to the end of each step."""
+    """The reward model's score of prompt and answer, token for token; or of prompt and answer up to the end of each step.
+
+    Equal answers are scored once: besides the time, their scores would differ by rounding, with their places among the others.
+    """
     from dsv2.rl.reward_model import OffloadedRewardModel
 
     model = OffloadedRewardModel(section.folder, tokenizer, seq_len)
     if section.steps:
-        return partial(model_steps, model, section.delimiter)
+        return _each_once(partial(model_steps, model, section.delimiter))
 
     def score(rollouts: Sequence["Rollout"]) -> list[float]:
         return model.score([[*rollout.prompt_tokens, *rollout.tokens] for rollout in rollouts])
+
+    return _each_once(score)
+
+
+def _each_once(reward: Callable[[Sequence["Rollout"]], Sequence[T]]) -> Callable[[Sequence["Rollout"]], list[T]]:
+    """Return a reward that is asked once about rollouts of the same tokens."""
+
+    def score(rollouts: Sequence["Rollout"]) -> list[T]:
+        tokens = [(rollout.prompt_tokens, rollout.tokens) for rollout in rollouts]
+        distinct = dict(zip(tokens, rollouts, strict=True))
+        values = dict(zip(distinct, reward(list(distinct.values())), strict=True))
+        return [values[own] for own in tokens]
 
     return score
 

@@ -49,7 +49,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _value(said: str) -> str:
-    """Return the value in what follows "the answer is", without the clause that explains it; of "that the sum is 7" it is what is said last."""
+    """Return the value in what follows "the answer is", without a clause that explains it; of "that the sum is 7" it is the last said."""
     said = _REASON.split(said, maxsplit=1)[0]
     plain = _REMARK.split(said, maxsplit=1)[0]
     described = _DESCRIBED.match(plain) is not None
