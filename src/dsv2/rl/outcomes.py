@@ -3,6 +3,7 @@
 Rewards and preference data judge with the same functions. What cannot be found out is no outcome: NoScore, never 0.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,40 @@ def by_tests(texts: Sequence[str], examples: Sequence[Example], *, limits: Limit
     for place, verdict in _graded(written, limits).items():
         found[place] = NoScore(verdict.detail) if verdict.score is None else verdict.score
     return found
+
+
+def solution_problems(examples: Sequence[Example], *, limits: Limits = PROGRAM_LIMITS) -> list[str | None]:
+    """Return for each example why the solution that it holds fails its tests: "" if it passes; None: it has none, or nobody knows."""
+    programs = {place: program for place, example in enumerate(examples) if (program := solution_of(example)) is not None}
+    verdicts = _graded({place: (program, tests_of(examples[place])) for place, program in programs.items()}, limits)
+    found: list[str | None] = [None] * len(examples)
+    for place, verdict in verdicts.items():
+        if verdict.score is not None:
+            found[place] = "" if verdict.score else f"{verdict.outcome}: {verdict.detail}"
+    return found
+
+
+def solution_of(example: Example) -> str | None:
+    """Return the program that an example holds: HumanEval's "canonical_solution" behind its prompt, MBPP's "code", or a "solution"."""
+    from dsv2.tasks.code import extract_code, is_python
+
+    tests = example.get("tests")
+    record = {**example, **(tests if isinstance(tests, Mapping) else {})}
+    given = next((record[name] for name in ("canonical_solution", "code", "solution") if isinstance(record.get(name), str)), None)
+    if given is None:
+        return None
+    program = given if is_python(given) else extract_code(given)
+    entry = record.get("entry_point")
+    if not isinstance(entry, str) or _defines(program, entry):
+        return program
+    asked = record.get("prompt") or example["messages"][-1]["content"]  # a row's prompt is its message
+    begun = asked if is_python(asked) else extract_code(asked)
+    whole = f"{begun}{given}"
+    return whole if begun and is_python(whole) and _defines(whole, entry) else None
+
+
+def _defines(program: str | None, name: str) -> bool:
+    return bool(re.search(rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", program or "", re.MULTILINE))
 
 
 def _graded(written: Mapping[int, tuple[str, "Tests"]], limits: Limits) -> dict[int, Verdict]:

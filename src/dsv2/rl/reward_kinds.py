@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dsv2.config import Section
 from dsv2.errors import ConfigError, did_you_mean
-from dsv2.rl.outcomes import PROGRAM_LIMITS, by_answer, by_tests, lacks_answer, lacks_tests
+from dsv2.rl.outcomes import PROGRAM_LIMITS, Example, by_answer, by_tests, lacks_answer, lacks_tests, solution_problems
 from dsv2.rl.reward import Lacks, Part, Reward, Rewards, StepReward
 from dsv2.rl.steps import model_steps, worked_steps
 from dsv2.tasks.verdict import MIB, Limits
@@ -103,6 +103,7 @@ class Kind:
         of_steps: it always scores steps.
         right_or_wrong: its values are 1 and 0.
         require: raises what keeps this machine from judging.
+        own_solutions: why the solutions that examples hold are not paid; see ``Part``.
     """
 
     make: Make
@@ -112,6 +113,7 @@ class Kind:
     of_steps: bool = False
     right_or_wrong: bool = False
     require: Callable[[RewardSection], None] | None = None
+    own_solutions: Callable[[RewardSection, Sequence[Example]], Sequence[str | None]] | None = None
 
 
 def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None" = None, seq_len: int = 0) -> Rewards:
@@ -134,6 +136,7 @@ def _part(section: RewardSection, reward: Reward | StepReward) -> Part:
     return Part(
         section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps,
         right_or_wrong=kind.right_or_wrong, lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
+        own_solutions=partial(kind.own_solutions, section) if kind.own_solutions else None,
     )  # fmt: skip
 
 
@@ -233,7 +236,14 @@ KINDS: dict[str, Kind] = {
     "answer": Kind(_answer, frozenset({"exact"}), right_or_wrong=True, lacks=lacks_answer),
     "format": Kind(_format, frozenset({"pattern"}), _wrong_pattern, right_or_wrong=True),
     "length": Kind(_length, frozenset({"least_tokens", "most_tokens"}), _wrong_lengths, right_or_wrong=True),
-    "code": Kind(_code, frozenset({"cpu_s", "memory_mib"}), right_or_wrong=True, lacks=lacks_tests, require=_require_sandbox),
+    "code": Kind(
+        _code,
+        frozenset({"cpu_s", "memory_mib"}),
+        right_or_wrong=True,
+        lacks=lacks_tests,
+        require=_require_sandbox,
+        own_solutions=lambda section, examples: solution_problems(examples, limits=_limits(section)),
+    ),
     "model": Kind(_model, frozenset({"folder", "steps", "delimiter"}), _wrong_model),
     "steps": Kind(lambda *_: worked_steps, lacks=lacks_answer, of_steps=True),
 }
