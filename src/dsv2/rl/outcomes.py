@@ -69,6 +69,8 @@ def by_tests(texts: Sequence[str], examples: Sequence[Example], *, limits: Limit
 def solution_problems(examples: Sequence[Example], *, limits: Limits = PROGRAM_LIMITS) -> list[str | None]:
     """Return for each example why the solution that it holds fails its tests: "" if it passes; None: it has none, or nobody knows."""
     programs = {place: program for place, example in enumerate(examples) if (program := solution_of(example)) is not None}
+    if not programs:
+        return [None] * len(examples)
     verdicts = _graded({place: (program, tests_of(examples[place])) for place, program in programs.items()}, limits)
     found: list[str | None] = [None] * len(examples)
     for place, verdict in verdicts.items():
