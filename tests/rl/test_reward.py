@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -10,6 +11,7 @@ from dsv2.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from dsv2.rl.reward import NoScore, Part, Rewards, Scores
 from dsv2.rl.reward_kinds import RewardSection, open_rewards
 from dsv2.rl.reward_needs import require_judges
+from dsv2.rl.step_metrics import rollout_metrics
 from dsv2.tasks.verdict import MIB, Limits, Verdict
 
 
@@ -93,11 +95,21 @@ def test_a_recipe_says_what_programs_may_take(graded):
     ]
 
 
+def test_a_program_with_the_same_tests_is_run_once(graded):
+    others = {"test_list": ["assert f() == 2"]}
+    rollouts = [rollout(OUTCOMES[n], example=example) for n, example in ((0, TESTED), (1, TESTED), (0, others), (3, TESTED))]
+    assert values_of(rollouts * 3, name="code") == [1.0, 0.0, 1.0, None] * 3
+    assert [len(programs) for programs, _, _ in graded] == [4]
+
+
 class FakeRewardModel:
+    asked: ClassVar[list[int]] = []
+
     def __init__(self, folder, tokenizer, seq_len):
         assert (folder, tokenizer, seq_len) == ("rm", "the policy's", 9)
 
     def score(self, rows):
+        self.asked.append(len(rows))
         return [float(sum(row)) for row in rows]
 
     def score_steps(self, rows, places):
@@ -107,7 +119,8 @@ class FakeRewardModel:
 def test_a_reward_model_sees_the_tokens_of_whole_answers_or_of_steps(monkeypatch):
     monkeypatch.setitem(sys.modules, "dsv2.rl.reward_model", SimpleNamespace(OffloadedRewardModel=FakeRewardModel))
     rewards = open_rewards([RewardSection(name="model", folder="rm", label="helpful")], "the policy's", 9)
-    assert rewards.score(NUMBERED).total == [3.0, 4.0, 5.0, 6.0] and not rewards.step_labels
+    assert rewards.score(NUMBERED * 2).total == [3.0, 4.0, 5.0, 6.0] * 2 and not rewards.step_labels
+    assert FakeRewardModel.asked == [4], "equal answers are scored once"
     said = rollout("a;b")
     said.text_ends = (1, 2, 3)
     scores = open_rewards([RewardSection(name="model", folder="rm", steps=True, delimiter=";")], "the policy's", 9).score([said])
@@ -225,6 +238,12 @@ def test_shuffled_rewards_keep_the_values_of_each_group_and_forget_whose_they_ar
     assert seen == Rewards([reward]).score(rollouts).total, "a resumed run deals alike"
     assert all(sum(seen[i : i + 4]) == 1 for i in range(0, len(seen), 4))
     assert 30 < sum(seen[::4]) < 70, "one in four, by chance"
+
+
+def test_groups_of_equal_rewards_are_those_that_teach_nothing():
+    values = [1.0, 1.0 + 1e-7, 1.0, 1.1, None, None, None, 2.0]
+    rollouts = [SimpleNamespace(tokens=(1,), prompt_tokens=(1,), truncated=False)] * 8
+    assert rollout_metrics(rollouts, Scores(values, {}), 2)["frac_reward_zero_std"] == 0.75
 
 
 def test_scores_join():

@@ -242,6 +242,8 @@ def test_as_many_workers_as_processors(monkeypatch):
     [
         ("Sure:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
         ("```python\nx = 1\n```\nbetter:\n```py\nx = 2\n```\n", "x = 2\n"),
+        ("```python\nprint(1 + 2)\n```\nOutput:\n```\n3\n```", "print(1 + 2)\n"),
+        ("```\nx = 1\n```\nor\n```\nx = 2\n```\n", "x = 2\n"),
         ("```\nx = 1\n```\nRun it:\n```bash\npython x.py\n```", "x = 1\n"),
         ("~~~python\ns = '```'\n~~~", "s = '```'\n"),
         ("```python\ndef f():\n    return 1", "def f():\n    return 1"),

@@ -36,12 +36,13 @@ from dsv2.rl.reward_needs import given_sections, judges_of, require_judges, rewa
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
+from dsv2.rl.untestable import without_untestable
 from dsv2.rl.update import Agreement, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import begin_run, load_stage_recipe, require_resume, settled_recipe
+from dsv2.train.run_folder import RECIPE, begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
 from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
@@ -109,10 +110,18 @@ class _Run:
         self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
         require_determinism(recipe.run.deterministic)
         self.objective = objective_of(recipe)
-        self.start, self.prompts, self.out, self.tokenizer = start, prompts, out, start.tokenizer
+        self.start, self.out, self.tokenizer = start, out, start.tokenizer
         self.rewards = rewards_of(recipe, self.tokenizer, rewards)
         require_judges(self.rewards, [*prompts.take(0, len(prompts)), *prompts.held_out])
         require_supervision(recipe.supervision, self.rewards, self.objective)
+        self.prompts = without_untestable(
+            prompts,
+            self.rewards,
+            out,
+            begun=(out / RECIPE).exists(),
+            check=recipe.task.check_solutions,
+            max_refused=recipe.task.max_refused,
+        )
         self.model = Transformer(start.config)
         if not checkpoints(out):
             begin_weights(self.model, str(start.folder), recipe.run.seed)

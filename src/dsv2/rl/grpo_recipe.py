@@ -79,6 +79,10 @@ class TaskSection(Section):
         description="what becomes of a prompt that leaves no room for rollout.max_tokens: it is left out, or the run refused",
     )
     max_refused: float = Field(default=0.05, ge=0, le=1, description="share of a file's prompts that may be left out; more is an error")
+    check_solutions: bool = Field(
+        default=True,
+        description="run the solution that a prompt's row holds against its tests before the run, and leave out prompts whose own fails",
+    )
     samples: int = Field(default=4, gt=0, description="answers to each of them: k of pass@k")
 
 

@@ -108,9 +108,10 @@ class RunLog:
 def print_plan(recipe: GrpoRecipe, objective: Objective, rewards: Rewards, policy: str, prompts: Prompts, llm: LLM, step: int) -> None:
     """Print what a run is about to do, and after which step it goes on."""
     section = recipe.rollout
+    left_out = f"; {prompts.left_out:,} left out, whose own solutions fail" if prompts.left_out else ""
     rows = [
         ("policy", policy),
-        ("prompts", f"{len(prompts):,} to learn from, {len(prompts.held_out):,} held out"),
+        ("prompts", f"{len(prompts):,} to learn from, {len(prompts.held_out):,} held out{left_out}"),
         ("a step", f"{section.prompts} prompts x {section.group_size} answers of at most {section.max_tokens} tokens"),
         ("rewards", ", ".join(map(str, rewards.parts))),
         ("objective", f"{recipe.supervision} supervision, {objective}"),

@@ -243,13 +243,19 @@ def advantages(rewards: Float[Tensor, "groups size"], kind: Literal["zscore", "m
     wide = values.double()
     num = scored.sum(dim=-1, keepdim=True).clamp_min(1)
     centred = torch.where(scored, wide - wide.sum(dim=-1, keepdim=True) / num, 0.0)
-    highest = torch.where(scored, wide, -torch.inf).amax(dim=-1, keepdim=True)
-    lowest = torch.where(scored, wide, torch.inf).amin(dim=-1, keepdim=True)
-    differ = highest - lowest > EQUAL * wide.abs().amax(dim=-1, keepdim=True)
+    differ = rewards_differ(rewards).unsqueeze(-1)
     if kind == "zscore":
         deviation = (centred.square().sum(dim=-1, keepdim=True) / num).sqrt()
         centred = centred / torch.where(differ, deviation, 1.0)
     return torch.where(differ, centred, 0.0).to(rewards.dtype)
+
+
+def rewards_differ(rewards: Float[Tensor, "groups size"]) -> Bool[Tensor, " groups"]:
+    """Tell in which groups rewards differ by more than rounding (``EQUAL``); NaN is an output without a score, and no difference."""
+    scored, wide = ~rewards.isnan(), rewards.double()
+    highest = torch.where(scored, wide, -torch.inf).amax(dim=-1)
+    lowest = torch.where(scored, wide, torch.inf).amin(dim=-1)
+    return highest - lowest > EQUAL * torch.where(scored, wide.abs(), 0.0).amax(dim=-1)
 
 
 def process_advantages(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,12 @@ class Prompts:
         held_out: to evaluate on.
         seed: of the order.
         report: what was read and refused, as lines of text.
+
+    Attributes:
+        left_out: how many more there were before ``without``.
     """
+
+    left_out = 0
 
     def __init__(self, training: Sequence[Example], held_out: Sequence[Example], seed: int, report: Sequence[str] = ()) -> None:
         if not training:
@@ -44,6 +49,17 @@ class Prompts:
     def fingerprint(self) -> str:
         """Hash of all of them: equal fingerprints are equal prompts."""
         return hashlib.sha256(json.dumps([self._training, self.held_out], sort_keys=True).encode()).hexdigest()
+
+    def without(self, keys: Collection[str], key: Callable[[Example], str]) -> "Prompts":
+        """Return the prompts but for those with one of these keys.
+
+        Raises:
+            DataError: none is left to learn from.
+        """
+        training, held_out = ([example for example in side if key(example) not in keys] for side in (self._training, self.held_out))
+        kept = Prompts(training, held_out, self._seed, self.report)
+        kept.left_out = len(self._training) + len(self.held_out) - len(training) - len(held_out)
+        return kept
 
     def take(self, first: int, count: int) -> list[Example]:
         """Return examples number ``first`` to ``first + count - 1`` of an endless sequence."""

@@ -62,6 +62,7 @@ class Part:
         right_or_wrong: its values are 1 and 0.
         lacks: an example -> what is missing there to be judged by, "" if nothing is; None: it can judge any.
         require: called before a run in which some prompt is judged; raises what keeps this machine from it. None: nothing could.
+        own_solutions: examples -> for each why the solution that it holds would not be paid, "" if it would, None if nobody knows.
     """
 
     label: str
@@ -74,6 +75,7 @@ class Part:
     right_or_wrong: bool = False
     lacks: Lacks | None = None
     require: Callable[[], None] | None = None
+    own_solutions: Callable[[Sequence[Mapping[str, Any]]], Sequence[str | None]] | None = None
 
     def __str__(self) -> str:
         """Return it as a plan shows it."""

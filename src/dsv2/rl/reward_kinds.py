@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from dsv2.config import Section
 from dsv2.errors import ConfigError, did_you_mean
-from dsv2.rl.outcomes import PROGRAM_LIMITS, by_answer, by_tests, lacks_answer, lacks_tests
+from dsv2.rl.outcomes import PROGRAM_LIMITS, Example, by_answer, by_tests, lacks_answer, lacks_tests, solution_problems
 from dsv2.rl.reward import Lacks, Part, Reward, Rewards, StepReward
 from dsv2.rl.reward_file import function_of
 from dsv2.rl.reward_scale import Scale
@@ -23,6 +23,8 @@ from dsv2.tasks.verdict import MIB, Limits
 if TYPE_CHECKING:
     from dsv2.rl.rollout import Rollout
     from dsv2.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class RewardSection(Section):
@@ -112,6 +114,7 @@ class Kind:
         of_steps: it always scores steps.
         right_or_wrong: its values are 1 and 0.
         require: raises what keeps this machine from judging.
+        own_solutions: why the solutions that examples hold are not paid; see ``Part``.
     """
 
     make: Make
@@ -121,6 +124,7 @@ class Kind:
     of_steps: bool = False
     right_or_wrong: bool = False
     require: Callable[[RewardSection], None] | None = None
+    own_solutions: Callable[[RewardSection, Sequence[Example]], Sequence[str | None]] | None = None
 
 
 def open_rewards(sections: Sequence[RewardSection], tokenizer: "Tokenizer | None" = None, seq_len: int = 0) -> Rewards:
@@ -144,6 +148,7 @@ def _part(section: RewardSection, reward: Reward | StepReward) -> Part:
     return Part(
         section.shown_as, reward, section.weight, section.only_with, section.shuffled, section.of_steps, section.scale,
         right_or_wrong=kind.right_or_wrong, lacks=kind.lacks, require=partial(kind.require, section) if kind.require else None,
+        own_solutions=partial(kind.own_solutions, section) if kind.own_solutions else None,
     )  # fmt: skip
 
 
@@ -203,15 +208,30 @@ def _require_sandbox(section: RewardSection) -> None:
 
 
 def _model(section: RewardSection, tokenizer: "Tokenizer | None", seq_len: int) -> Reward | StepReward:
-    """The reward model's score of prompt and answer, token for token; or of prompt and answer up to the end of each step."""
+    """The reward model's score of prompt and answer, token for token; or of prompt and answer up to the end of each step.
+
+    Equal answers are scored once: besides the time, their scores would differ by rounding, with their places among the others.
+    """
     from dsv2.rl.reward_model import OffloadedRewardModel
 
     model = OffloadedRewardModel(section.folder, tokenizer, seq_len)
     if section.steps:
-        return partial(model_steps, model, section.delimiter)
+        return _each_once(partial(model_steps, model, section.delimiter))
 
     def score(rollouts: Sequence["Rollout"]) -> list[float]:
         return model.score([[*rollout.prompt_tokens, *rollout.tokens] for rollout in rollouts])
+
+    return _each_once(score)
+
+
+def _each_once(reward: Callable[[Sequence["Rollout"]], Sequence[T]]) -> Callable[[Sequence["Rollout"]], list[T]]:
+    """Return a reward that is asked once about rollouts of the same tokens."""
+
+    def score(rollouts: Sequence["Rollout"]) -> list[T]:
+        tokens = [(rollout.prompt_tokens, rollout.tokens) for rollout in rollouts]
+        distinct = dict(zip(tokens, rollouts, strict=True))
+        values = dict(zip(distinct, reward(list(distinct.values())), strict=True))
+        return [values[own] for own in tokens]
 
     return score
 
@@ -236,7 +256,14 @@ KINDS: dict[str, Kind] = {
     "answer": Kind(_answer, frozenset({"exact"}), right_or_wrong=True, lacks=lacks_answer),
     "format": Kind(_format, frozenset({"pattern"}), _wrong_pattern, right_or_wrong=True),
     "length": Kind(_length, frozenset({"least_tokens", "most_tokens"}), _wrong_lengths, right_or_wrong=True),
-    "code": Kind(_code, frozenset({"cpu_s", "memory_mib"}), right_or_wrong=True, lacks=lacks_tests, require=_require_sandbox),
+    "code": Kind(
+        _code,
+        frozenset({"cpu_s", "memory_mib"}),
+        right_or_wrong=True,
+        lacks=lacks_tests,
+        require=_require_sandbox,
+        own_solutions=lambda section, examples: solution_problems(examples, limits=_limits(section)),
+    ),
     "model": Kind(_model, frozenset({"folder", "steps", "delimiter"}), _wrong_model),
     "python": Kind(_python, frozenset({"file", "function", "steps"}), _no_file),
     "steps": Kind(lambda *_: worked_steps, lacks=lacks_answer, of_steps=True),

@@ -1,9 +1,13 @@
 """Figures of a step's rollouts, under the names that TRL gives them."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from dsv2.rl.objective import rewards_differ
 from dsv2.rl.reward import Scores
 from dsv2.rl.rollout import Rollout
 
@@ -16,12 +20,13 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
     """
     known = [reward for reward in scores.total if reward is not None]
     groups = [[r for r in scores.total[i : i + group_size] if r is not None] for i in range(0, len(rollouts), group_size)]
+    totals = torch.tensor([math.nan if reward is None else reward for reward in scores.total], dtype=torch.float64)
     lengths = [len(rollout.tokens) for rollout in rollouts]
     ended = [len(rollout.tokens) for rollout in rollouts if not rollout.truncated]
     line: dict[str, Any] = {
         "reward": _mean(known),
         "reward_std": _mean([statistics.pstdev(group) for group in groups if group]),
-        "frac_reward_zero_std": _mean([float(len(set(group)) <= 1) for group in groups]),
+        "frac_reward_zero_std": 1 - rewards_differ(totals.view(-1, group_size)).double().mean().item(),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

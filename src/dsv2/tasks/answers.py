@@ -22,6 +22,9 @@ _PHRASES = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[。；;!！\n]|\.(?=\s|$)|，(?=[^\d])")
+_REASON = re.compile(r"(?:,\s*|\s)(?:because|since|where)\b|,\s*as\b(?! well)")  # opens what never holds the answer
+_REMARK = re.compile(r"(?:,\s*|\s)which\b|,\s*so\b")  # opens what holds it behind a description alone
+_DESCRIBED = re.compile(r"(?:that|the|an?|his|her|its|their|our|your)\s+[A-Za-z]")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
@@ -40,9 +43,19 @@ def final_answer(text: str) -> str | None:
     for match in reversed(list(_PHRASES.finditer(text))):
         said = _SENTENCE_END.split(text[match.end() :].strip().strip("*").strip(), maxsplit=1)[0].strip().strip("*$ ").strip()
         if said:
-            return said.rpartition(" is ")[2]
+            return _value(said)
     numbers = _NUMBER.findall(unicodedata.normalize("NFKC", text))
     return numbers[-1].rstrip(",") if numbers else None
+
+
+def _value(said: str) -> str:
+    """Return the value in what follows "the answer is", without a clause that explains it; of "that the sum is 7" it is the last said."""
+    said = _REASON.split(said, maxsplit=1)[0]
+    plain = _REMARK.split(said, maxsplit=1)[0]
+    described = _DESCRIBED.match(plain) is not None
+    whole = said if described and " is " not in plain else plain  # "the sum of 2 and 3, which is 5"
+    before, _, last = whole.rpartition(" is ")
+    return (last if described or not _NUMBER.search(before) else whole).strip("*$, ")
 
 
 def _last_boxed(text: str) -> str | None:

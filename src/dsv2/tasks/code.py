@@ -15,30 +15,35 @@ from dsv2.tasks.process import Confined
 from dsv2.tasks.sandbox import REQUIRED, converse, run, verdict_of
 from dsv2.tasks.verdict import Limits, Outcome, Verdict
 
-__all__ = ["Asserts", "Check", "Stdio", "Tests", "extract_code", "grade", "grade_all"]
+__all__ = ["Asserts", "Check", "Stdio", "Tests", "extract_code", "grade", "grade_all", "is_python"]
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
-_PYTHON = ("python", "python3", "py", "")
+_PYTHON = ("python", "python3", "py")
 _DEFAULT = Limits(scratch_bytes=0)  # what is asked of them needs no files
 
 
 def extract_code(answer: str) -> str | None:
-    """Return the program of a chat answer: its last fenced block of Python, or of no named language; an unclosed last one counts.
+    """Return the program of a chat answer: its last fenced block of Python; an unclosed last one counts.
 
+    Where none is called Python, it is the last of those of no named language: beside one that is, they are mostly what the program prints.
     An answer without a fence is taken whole if it compiles. None means that there is no program in it.
     """
-    blocks = [code for _, language, code in _FENCE.findall(answer) if language.lower() in _PYTHON]
-    if blocks:
-        return str(blocks[-1])
-    if "```" in answer or not answer.strip():
-        return None
+    blocks = [(language.lower(), code) for _, language, code in _FENCE.findall(answer)]
+    programs = [code for language, code in blocks if language in _PYTHON] or [code for language, code in blocks if not language]
+    if programs:
+        return str(programs[-1])
+    return None if "```" in answer or not answer.strip() or not is_python(answer) else answer
+
+
+def is_python(text: str) -> bool:
+    """Tell whether a text is Python as it stands; it is parsed, not run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of "\d" in what a model wrote
-            compile(answer, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST: parsed, not run
+            compile(text, "answer", "exec", flags=0x400)  # ast.PyCF_ONLY_AST
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return answer
+        return False
+    return True
 
 
 def grade(program: str, tests: Tests, limits: Limits = _DEFAULT, *, level: str = REQUIRED) -> Verdict:
