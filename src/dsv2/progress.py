@@ -9,10 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from io import FileIO
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv2.errors import DataError, MissingExtra
-from dsv2.files import atomic_write, disk_errors
+from dsv2.files import disk_errors
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -266,7 +267,7 @@ class MetricsLog:
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         if is_main_rank() and path.exists():
-            _drop_torn_line(path)
+            _truncate(path, lambda content: content.rfind(b"\n") + 1)  # the next line would be glued to a torn one
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append one line.
@@ -293,12 +294,17 @@ class MetricsLog:
                 self._write_tensorboard(step, kind, values)
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines after ``step``, and a torn last line, in one atomic replacement: a resumed run writes them again."""
+        """Drop the lines after ``step``, and a torn last line, at one stroke: a resumed run writes them again.
+
+        Steps ascend, so of a file of any size the lines that go are read, and the one before them.
+
+        Raises:
+            DataError: one of these lines is damaged, and not the last; or the file may not be written.
+        """
         self._close_files()
         self._purge_step = step + 1
         if is_main_rank() and self.path.exists():
-            kept = [line for line, row in _rows(self.path) if row["step"] <= step]
-            atomic_write(self.path, b"".join(kept))
+            _truncate(self.path, lambda content: _end_of(content, step, self.path))
 
     def close(self) -> None:
         """Close the files; a later ``write`` opens them again."""
@@ -340,35 +346,66 @@ def _tagged(tag: str, value: Any) -> Iterator[tuple[str, float | str]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, leaving out a torn last line.
+    """Read the lines of a metrics file, leaving out a torn last line; errors as of ``stream_metrics``."""
+    return list(stream_metrics(path))
+
+
+def stream_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics file one at a time, leaving out a torn last line.
 
     Raises:
         DataError: there is no such file, or a line before the last is damaged.
     """
     if not path.is_file():
         raise DataError(f"there are no metrics at {path}", hint="give the folder of a training run")
-    return [row for _, row in _rows(path)]
+    damaged = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if damaged:
+                raise damaged
+            row = _row(line)
+            if row is None:
+                damaged = _no_metrics(f"{path}:{number}", line)
+            else:
+                yield row
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each whole line of a metrics file with its newline, and the object in it."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield line, row
-        elif number < len(lines):
-            raise DataError(f"{path}:{number}: not a line of metrics: {line[:60]!r}", hint="remove that line")
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a whole line with its newline; None: it is torn or damaged."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last newline, since the next line would otherwise be glued to the torn one."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+def _no_metrics(place: str, line: bytes) -> DataError:
+    return DataError(f"{place}: not a line of metrics: {line[:60]!r}", hint="remove that line")
+
+
+def _truncate(path: Path, end_of: Callable[[mmap | bytes], int]) -> None:
+    """Cut a file where ``end_of`` says that it is to end; it is told the content, mapped, which is read where it is looked at."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        with mmap(file.fileno(), 0, access=ACCESS_READ) if size else nullcontext(b"") as content:
+            end = end_of(content)
+    if end < size:
+        with disk_errors(path):
+            os.truncate(path, end)
+
+
+def _end_of(content: mmap | bytes, step: int, path: Path) -> int:
+    """Return the end of the last line that belongs to ``step`` or an earlier one; 0: there is none."""
+    newest = end = content.rfind(b"\n") + 1
+    while end:
+        begin = content.rfind(b"\n", 0, end - 1) + 1
+        row = _row(content[begin:end])
+        if row is None and end < newest:
+            raise _no_metrics(f"{path}, byte {begin:,}", content[begin:end])
+        if row is not None and row["step"] <= step:
+            break
+        end = begin
+    return end
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsv2 import progress
 from dsv2.errors import DataError, MissingExtra
-from dsv2.progress import MetricsLog, bar, console, read_metrics, table, transfer_bar
+from dsv2.progress import MetricsLog, bar, console, read_metrics, stream_metrics, table, transfer_bar
 
 
 def test_lines_are_legal_json_at_once(tmp_path: Path) -> None:
@@ -50,20 +51,32 @@ def test_a_log_torn_anywhere_is_cut_back_to_the_checkpoint(
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:last]) + b'{"step": 99, "kind": "train", "loss": 0.5}\n'
 
 
-def test_cut_back_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write(1, "train")
-    log.write(2, "train")
-    before = log.path.read_bytes()
+def test_of_a_large_log_what_goes_is_read_and_no_more_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path / "rollouts.jsonl")
+    for step in range(1, 41):
+        log.write(step, "rollout", text="x" * 100_000)
+    log.close()
+    whole, parsed, loads = log.path.read_bytes(), [], json.loads
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 41')
+    monkeypatch.setattr(progress.json, "loads", lambda line: parsed.append(len(line)) or loads(line))
+    tracemalloc.start()
+    MetricsLog(log.path).cut_back(38)
+    assert sum(1 for _ in stream_metrics(log.path)) == 38
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(parsed) == 3 + 38, "two lines that go and one that stays, then all that is left"
+    assert peak < 1_000_000 < len(whole)
+    assert log.path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:38])
 
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        log.cut_back(1)
-    assert log.path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+def test_damage_among_what_is_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n[]\n{"step": 3}\n[]\n')
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"metrics\.jsonl, byte 24: not a line of metrics"):
+        MetricsLog(path).cut_back(1)
+    assert path.read_bytes() == before
 
 
 def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:

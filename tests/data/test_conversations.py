@@ -111,3 +111,28 @@ def test_parquet_with_its_nulls(tmp_path):
     (conversation,), report = read(tmp_path / "chats.parquet")
     assert conversation.messages == (QUESTION, ANSWER)
     assert report.read == {"messages": 1}
+
+
+def tool(name, **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": parameters}}}
+
+
+def test_parquet_teaches_what_jsonl_does(tmp_path):
+    """A column has one kind of struct, filled up with nulls: a call would get the arguments of all others."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tools = [tool("weather", city={"type": "string"}, unit={"enum": ["C", None]}), tool("add", a={"type": "number"})]
+    calls = ({"name": "weather", "arguments": {"city": "Paris", "days": [1, None]}}, {"name": "add", "arguments": {"a": 1}})
+    called = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]} for call in calls]
+    rows = [{"messages": [QUESTION, turn], "tools": tools} for turn in called]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    assert "None" in str(parquet.read_table(tmp_path / "chats.parquet").to_pylist()[1]["messages"]), "there is something to drop"
+    found, expected = (read(file)[0] for file in (tmp_path / "chats.parquet", write(tmp_path, rows)))
+    assert [(c.messages, c.tools) for c in found] == [(c.messages, c.tools) for c in expected]
+
+
+def test_a_null_that_somebody_wrote_stays(tmp_path):
+    call = {"name": "book", "arguments": {"seat": None}}
+    turn = {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    (conversation,), _ = read(write(tmp_path, [{"messages": [QUESTION, turn]}]))
+    assert conversation.messages[1]["tool_calls"][0]["function"] == call

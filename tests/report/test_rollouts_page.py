@@ -19,10 +19,11 @@ EVIL = "</blockquote></div><script>document.title='taken'</script><img src=x one
 
 def row(step, group, index, **fields):
     reward = float((step + index) % 3 == 0)
+    known = {"prompt": [{"role": "user", "content": f"What is {group} + 1?"}], "example": {"answer": str(group + 1)}}
     return {
-        "step": step, "kind": "rollout", "group": group, "index": index, "prompt": [{"role": "user", "content": f"What is {group} + 1?"}],
+        "step": step, "kind": "rollout", "group": group, "index": index, **({} if index else known),
         "text": f"answer {step}-{group}-{index}", "reward": reward, "rewards": {"answer": reward}, "advantage": reward - 0.5,
-        "num_tokens": 3 + index, "finish_reason": "stop", "example": {"answer": str(group + 1)}, "learned": True,
+        "num_tokens": 3 + index, "finish_reason": "stop", "learned": True,
     } | fields  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Prompts of files: their tools are part of what the policy reads, and the readers of all stages refuse alike."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dsv2.errors import DataError
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.rl.grpo_recipe import GrpoRecipe
+from dsv2.rl.outcomes import lacks_tests
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.rollout import draw
 from dsv2.tokenizer.chat import render
@@ -75,3 +78,22 @@ def test_files_without_a_prompt_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         opened(tmp_path / "a.txt", tokenizer)
     with pytest.raises(DataError, match=r"no prompts in .*b.jsonl: 1 rows refused: .*nothing to answer \(first: .*b.jsonl:1\)"):
         opened(written(tmp_path / "b.jsonl", {"messages": [QUESTION, ANSWER]}), tokenizer, max_refused=1)
+
+
+def test_a_parquet_holds_what_json_has_not(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Such a row is hashed, compared and written to rollouts.jsonl like any other; tests of several forms share a column."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"prompt": "1?", "tests": {"test_list": ["assert 1"]}, "answer": Decimal("42.00"), "at": datetime(2026, 11, 26), "bits": b"\xff"},
+        {"prompt": "2?", "tests": {"inputs": [""], "outputs": ["1"]}, "answer": Decimal("0.25"), "bits": "é".encode()},
+        {"prompt": "3?", "level": float("nan")},
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist([dict.fromkeys(("level", *rows[0])) | row for row in rows]), tmp_path / "a.parquet")
+    prompts = opened(tmp_path / "a.parquet", tokenizer)
+    first, second, third = sorted(prompts.take(0, 3), key=lambda example: example["messages"][0]["content"])
+    seen = [(one["answer"], one.get("at"), one.get("bits")) for one in (first, second)]
+    assert seen == [(42, "2026-11-26T00:00:00", None), (0.25, None, "é")]
+    assert [lacks_tests(one) for one in (first, second)] == ["", ""] and third.keys() == {"messages"}
+    assert json.loads(json.dumps([first, second, third], allow_nan=False)) == [first, second, third] and prompts.fingerprint
+    assert "or left out: answer: Decimal (2), bits: bytes (2), at: datetime (1), level: float (1)" in prompts.report[-1]

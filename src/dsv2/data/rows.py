@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsv2.data.cells import as_json
 from dsv2.data.decompress import DECOMPRESS, import_extra, split_lines
 from dsv2.data.documents import SourceFile, damaged, parse_row, source_files
 from dsv2.errors import DataError
@@ -23,7 +24,7 @@ class Row:
     """A row of a file.
 
     Attributes:
-        fields: those that are not null, as which parquet fills absent ones.
+        fields: those that are not null.
         domain: kind of what it holds, as of documents: its field ``domain``, else the name of its file or folder.
         place: file and row, for messages.
     """
@@ -45,6 +46,7 @@ class ReadingReport:
         refused: rows that are not or cannot be used, by reason.
         first_refused: place of the first row of each reason.
         other_fields: fields that the readers do not know, and in how many rows.
+        foreign: values of parquet that JSON has not, by column and type (``data/cells.py``).
     """
 
     noun: str = "conversations"
@@ -54,6 +56,7 @@ class ReadingReport:
     refused: Counter[str] = field(default_factory=Counter)
     first_refused: dict[str, str] = field(default_factory=dict)
     other_fields: Counter[str] = field(default_factory=Counter)
+    foreign: Counter[str] = field(default_factory=Counter)
 
     def refuse(self, reason: str, place: str) -> None:
         """Count a row that is not used."""
@@ -87,8 +90,10 @@ class ReadingReport:
         forms = ", ".join(f"{count:,} as {form}" for form, count in self.read.most_common()) or "none"
         found = [f"{self.rows:,} rows, {self.read.total():,} of them {self.noun}: {forms}"]
         found += [f"{count:,} rows refused: {reason} (first: {self.first_refused[reason]})" for reason, count in self.refused.most_common()]
-        if self.other_fields:
-            found.append(f"{self.rest}: " + ", ".join(f"{name} ({n:,})" for name, n in self.other_fields.most_common(8)))
+        foreign = "values that JSON has not, read as text or numbers or left out"
+        for said, counts in ((self.rest, self.other_fields), (foreign, self.foreign)):
+            if counts:
+                found.append(f"{said}: " + ", ".join(f"{name} ({n:,})" for name, n in counts.most_common(8)))
         return found
 
 
@@ -115,7 +120,7 @@ def read_rows(
     for file in source_files(given)[0]:
         if file.layout == "text":
             raise DataError(f"{file} holds text, not {report.noun}", hint=f"readable are {READABLE}")
-        for number, fields in _rows_of(file):
+        for number, fields in _rows_of(file, report):
             domain = fields.get("domain")
             row = Row(
                 {name: value for name, value in fields.items() if value is not None},
@@ -136,10 +141,10 @@ def read_rows(
         raise DataError(f"no {report.noun} in {', '.join(given) or 'no file'}: {seen}", hint=f"{forms} shows the forms that are read")
 
 
-def _rows_of(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows_of(file: SourceFile, report: ReadingReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the fields of each row; a blank line has a number and is left out."""
     if file.layout == "parquet":
-        yield from enumerate(_parquet(file), 1)
+        yield from enumerate(_parquet(file, report), 1)
         return
     try:
         with nullcontext(sys.stdin.buffer) if file.path is None else file.path.open("rb") as raw:
@@ -158,12 +163,13 @@ def _decode(line: bytes, file: SourceFile, number: int) -> str:
         raise DataError(f"{file}:{number}: invalid UTF-8 at byte {error.start} of the line", hint="convert the file to UTF-8") from None
 
 
-def _parquet(file: SourceFile) -> Iterator[dict[str, Any]]:
+def _parquet(file: SourceFile, report: ReadingReport) -> Iterator[dict[str, Any]]:
     pyarrow = import_extra("pyarrow", f"reading {file}")
     parquet = import_extra("pyarrow.parquet", f"reading {file}")
     try:
         with parquet.ParquetFile(file.path) as table:
             for batch in table.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+                for cells in batch.to_pylist():
+                    yield {name: as_json(cell, name, report.foreign) for name, cell in cells.items()}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(file, error) from error

@@ -21,9 +21,9 @@ def write_rollouts(run: Path, out: Path, *, most: int = MOST_ROLLOUTS) -> None:
     """Write the page of a run's rollouts.
 
     Args:
-        run: folder with a rollouts.jsonl: one JSON object a rollout, with step, group, index, prompt (a text or messages), text, reward,
-            rewards (by name), advantage, num_tokens, finish_reason, and example with the first of a group; under process supervision with
-            steps, each of which has reward and advantage.
+        run: folder with a rollouts.jsonl: one JSON object a rollout, with step, group, index, text, reward, rewards (by name),
+            advantage, num_tokens, finish_reason, and with the first of a group prompt (a text or messages) and example; under process
+            supervision with steps, each of which has reward and advantage.
         out: the HTML file.
         most: rollouts on the page; of more, whole groups are taken evenly over the run, and the page says so.
 

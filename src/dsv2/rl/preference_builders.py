@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsv2.data.preferences import Answer, Preference
 from dsv2.errors import DataError
-from dsv2.progress import read_metrics
+from dsv2.progress import stream_metrics
 from dsv2.rl.outcomes import Example
 from dsv2.rl.reward import NoScore
 
@@ -65,7 +65,7 @@ def groups_of(rollouts: Path) -> list[Group]:
         DataError: there is no such file, or it is damaged or none of rollouts.
     """
     groups = []
-    for (step, _), answers in groupby(read_metrics(rollouts), key=lambda line: (line["step"], line.get("group"))):
+    for (step, _), answers in groupby(stream_metrics(rollouts), key=lambda line: (line["step"], line.get("group"))):
         first, *rest = answers
         if "example" not in first:  # it stands with a group's first answer, whether that was cut or not
             raise DataError(f"{rollouts} is no whole rollouts.jsonl: a group of step {step} begins without the example of its prompt")

@@ -59,11 +59,12 @@ class Rollout:
         return self.finish_reason != "stop"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what rollouts.jsonl holds of it; what rewards know of the prompt, tests perhaps, stands with a group's first answer."""
-        known = {} if self.index else {"example": {name: value for name, value in self.example.items() if name != "messages"}}
+        """Return what rollouts.jsonl holds of it; the prompt, and what rewards know of it, stand with a group's first answer."""
+        example = dict(self.example)
+        known = {} if self.index else {"prompt": example.pop("messages"), "example": example}
         return {
-            "group": self.group, "index": self.index, "prompt": self.example["messages"], "text": self.text, "num_tokens": len(self.tokens),
-            "finish_reason": self.finish_reason, **known,
+            "group": self.group, "index": self.index, **known, "text": self.text, "num_tokens": len(self.tokens),
+            "finish_reason": self.finish_reason,
         }  # fmt: skip
 
 
