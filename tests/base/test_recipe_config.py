@@ -125,7 +125,7 @@ def test_a_number_says_which_table_of_an_array(recipe_file: Path) -> None:
     for override, name in (("phases.2.peak_lr=1", "2"), ("phases.peak_lr=1", "peak_lr"), ("phases.2={}", "2")):
         error = complaint(recipe_file, override)
         assert error.message == f"override {override!r}: phases has 2 tables, counted from 0, and {name!r} is none of them"
-    assert "phases.1.peak_lr = \"x\"" in complaint(recipe_file, "phases.1.peak_lr=x").message
+    assert 'phases.1.peak_lr = "x"' in complaint(recipe_file, "phases.1.peak_lr=x").message
     assert complaint(recipe_file, "phases.1.peak=1").hint == "did you mean 'phases.peak_lr'?"
     assert "schedule.drops_at is [0.5], not a section" in complaint(recipe_file, "schedule.drops_at.0=0.7").message
 

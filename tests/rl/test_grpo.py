@@ -25,7 +25,7 @@ from dsv2.rl.grpo_shown import ROLLOUTS
 from dsv2.rl.objective import PRESETS, Objective
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reward import Part, Rewards
-from dsv2.rl.reward_model import RewardModel, save_reward_model
+from dsv2.rl.reward_model import RewardModel
 from dsv2.rl.rollout import Rollout, _Draft
 from dsv2.tokenizer.chat import render
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -274,7 +274,7 @@ def test_a_run_goes_on_with_the_reward_model_that_it_began_with(
     for seed in (0, 1):
         model = RewardModel(policy.config)
         initialise(model, seed)
-        save_reward_model(tmp_path / f"rm-{seed}", model, tokenizer)
+        save_checkpoint(tmp_path / f"rm-{seed}", model, tokenizer)
     (tmp_path / "rm").symlink_to("rm-0")
     recipe = recipe_of(start, reward=[{"name": "model", "folder": str(tmp_path / "rm")}], run=SECTIONS["run"] | {"steps": 1})
     for _ in range(2):

@@ -70,9 +70,7 @@ def test_rewards_come_from_the_recipe_or_from_a_program(start: Path, tmp_path: P
     assert not (tmp_path / "run").exists(), "nothing has begun"
 
 
-def test_stage_two_weighs_its_reward_models_like_with_like(
-    start: Path, tmp_path: Path, policy: Transformer, tokenizer: Tokenizer
-) -> None:
+def test_stage_two_weighs_its_reward_models_like_with_like(start: Path, tmp_path: Path, policy: Transformer, tokenizer: Tokenizer) -> None:
     """One model is a thousand times as loud: by raw scores, the advantages would be those of that model alone."""
     for name, factor in (("loud", 1000.0), ("quiet", 1.0)):
         model = RewardModel(policy.config)

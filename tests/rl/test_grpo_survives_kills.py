@@ -24,7 +24,7 @@ from dsv2.files import sha256_of
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
 from dsv2.progress import read_metrics
-from dsv2.rl.reward_model import RewardModel, save_reward_model
+from dsv2.rl.reward_model import RewardModel
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 KILLS, STEPS, CHECKPOINT_EVERY, GROUP_SIZE = 10, 44, 2, 4
@@ -197,7 +197,7 @@ def recipe(policy: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     save_checkpoint(tmp_path / "start", policy, tokenizer)
     reward = RewardModel(policy.config)
     initialise(reward, seed=5)
-    save_reward_model(tmp_path / "reward", reward, tokenizer)
+    save_checkpoint(tmp_path / "reward", reward, tokenizer)
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPE.format(folder=tmp_path))
     return file

@@ -16,7 +16,6 @@ from dsv2.rl.objective import (
     importance_weights,
     kl,
     overlong_penalty,
-    policy_loss,
     process_advantages,
     ratios,
 )
@@ -146,12 +145,6 @@ def test_the_kl_that_is_shown_is_k3_of_a_token_whatever_the_loss_has(name, kind)
     assert parts.kl.item() == pytest.approx(sum(reference.k3(now, ref) for now, ref in pairs) / 15)
     without = grpo_loss(objective.model_copy(update={"kl_weight": 0.0}), NOW, OLD, None, ADVANTAGES, MASK)
     assert parts.loss.item() == pytest.approx((without.loss + 0.04 * parts.kl_loss).item()) and without.kl is without.kl_loss is None
-
-
-def test_policy_loss_is_the_loss_without_kl():
-    objective = OBJECTIVES["dapo"]
-    loss = policy_loss(NOW, OLD, ADVANTAGES, MASK, 0.2, 0.28, "token", "tokens")
-    assert loss.item() == grpo_loss(objective, NOW, OLD, None, ADVANTAGES, MASK).loss.item()
 
 
 def test_what_is_missing_is_named():

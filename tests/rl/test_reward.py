@@ -314,7 +314,7 @@ def test_whole_answers_have_no_steps():
         ('name = "python"', "the reward 'python' needs a file"),
         ('name = "python"\nfile = "a.py"\npattern = "x"', "it has file, function, steps"),
         ('name = "answer"\nfile = "a.py"', "file is no option of the reward 'answer'"),
-        ('name = "answer"\nscale = "groups"', "scale = \"groups\""),
+        ('name = "answer"\nscale = "groups"', 'scale = "groups"'),
         ('name = "anser"', "did you mean 'answer'"),
         ('name = "steps"\nsteps = true', "steps is no option of the reward 'steps'"),
         ('name = "model"\nfolder = "a"\ndelimiter = ";"', "add steps = true"),

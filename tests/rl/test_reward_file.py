@@ -13,7 +13,7 @@ from dsv2.rl.reward_needs import judges_of
 
 ROLLOUTS = [SimpleNamespace(tokens=(1, 2, 3)[:n], text="x" * n, group=0, example={}) for n in (1, 2, 3)]
 
-MINE = '''
+MINE = """
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def reward(rollouts):
 
 def steps(rollouts):
     return [[(len(rollout.tokens) - 1, float(len(runs)))] for rollout in rollouts]
-'''
+"""
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from preference_runs import SHAPE, make_pairs, make_start, make_tokenizer, reward_recipe, with_threads
 
 from dsv2.checkpoint.huggingface import load_model
+from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.cli import main
 from dsv2.config import load_recipe
 from dsv2.data.loader import sequential_batches
@@ -22,7 +23,7 @@ from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe
 from dsv2.rl.reward_losses import bradley_terry, logistic
-from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel, save_reward_model
+from dsv2.rl.reward_model import OffloadedRewardModel, RewardModel
 from dsv2.rl.reward_training import RewardObjective, form_of, held_out_figures, train_reward_model
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.muon import hidden_matrices
@@ -114,7 +115,7 @@ def test_an_idle_reward_model_takes_no_memory(tmp_path, monkeypatch):
     model = RewardModel(preset("tour", vocab_size=2**17, **SHAPE | {"hidden_size": 128}))
     initialise(model, 0)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    save_checkpoint(tmp_path / "rm", model, make_tokenizer())
     expected = model.score([[1, 2, 3]])
     del model
     seen, scored = [], RewardModel.score_steps
@@ -136,7 +137,7 @@ def test_an_idle_reward_model_takes_no_memory(tmp_path, monkeypatch):
 
 
 def test_a_reward_model_that_does_not_fit_is_refused_at_once(model, start, tmp_path):
-    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    save_checkpoint(tmp_path / "rm", model, make_tokenizer())
     OffloadedRewardModel(tmp_path / "rm", make_tokenizer())
     with pytest.raises(ConfigError, match="has another tokenizer than the policy"):
         OffloadedRewardModel(tmp_path / "rm", train_tokenizer(["other words"], vocab_size=384))
@@ -173,7 +174,7 @@ def test_held_out_loss_of_soft_labels_is_the_cross_entropy(start, model, tmp_pat
 
 def test_transformers_reads_the_folder_and_gives_the_same_scores(model, tmp_path):
     transformers = pytest.importorskip("transformers")
-    save_reward_model(tmp_path / "rm", model, make_tokenizer())
+    save_checkpoint(tmp_path / "rm", model, make_tokenizer())
     ids = torch.arange(3, 40)[None]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     assert theirs.config.num_labels == 1

@@ -179,36 +179,6 @@ def grpo_loss(
     )
 
 
-def policy_loss(
-    logp: Rows,
-    old_logp: Rows,
-    advantages: Float[Tensor, "rows"] | Rows,
-    mask: Mask,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ratio: Level = "token",
-    normalise: Normalise = "output",
-    constant_len: int | None = None,
-) -> Float[Tensor, ""]:
-    """Return the clipped loss alone: -mean of min(rho A, clip(rho, 1 - low, 1 + high) A) (V2 eq 32, DSM eq 3; DAPO eq 10 parts the clips).
-
-    Args:
-        logp: ln pi_theta, with graph.
-        old_logp: ln pi_old.
-        advantages: A, of outputs or tokens.
-        mask: the policy's own tokens.
-        clip_low: epsilon below 1.
-        clip_high: epsilon above 1.
-        ratio: of each token, or one for the whole output.
-        normalise: see ``Objective``.
-        constant_len: see ``Objective``.
-    """
-    objective = Objective(
-        ratio=ratio, normalise=normalise, constant_len=constant_len, clip_low=clip_low, clip_high=clip_high, kl_weight=0.0
-    )
-    return grpo_loss(objective, logp, old_logp, None, advantages, mask).loss
-
-
 def ratios(logp: Rows, old_logp: Rows, mask: Mask, level: Level) -> Rows:
     """Return pi_theta / pi_old: of each token, or at every token of an output that of the whole output (V2 eq 32); 1 at other places."""
     now, old = _at_level(logp, old_logp, mask, level)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dsv2.checkpoint.folder import ModelFolder, open_folder
 from dsv2.checkpoint.huggingface import fill_model
-from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.checkpoint.manifest import MANIFEST, verify_manifest
 from dsv2.checkpoint.names import SCORE
 from dsv2.checkpoint.shard import TensorSpec
@@ -210,12 +209,3 @@ def reward_source(folder: ModelFolder) -> Source:
         raise CheckpointError(f"{folder.path} holds int8 rows, which are not trained", hint="begin from the model that they were made of")
     source = FolderSource(folder)
     return source if folder.head == "score" else WithNewHead(source)
-
-
-def save_reward_model(folder: Path, model: RewardModel, tokenizer: Tokenizer) -> None:
-    """Write a reward model's folder, or nothing.
-
-    Raises:
-        DataError: the disk is full or may not be written.
-    """
-    save_checkpoint(folder, model, tokenizer)

@@ -20,7 +20,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Scores, group_size: int
     """
     known = [reward for reward in scores.total if reward is not None]
     groups = [[r for r in scores.total[i : i + group_size] if r is not None] for i in range(0, len(rollouts), group_size)]
-    totals = torch.tensor([math.nan if reward is None else reward for reward in scores.total], dtype=torch.float64)
+    totals = torch.tensor([math.nan if reward is None else reward for reward in scores.compared], dtype=torch.float64)
     lengths = [len(rollout.tokens) for rollout in rollouts]
     ended = [len(rollout.tokens) for rollout in rollouts if not rollout.truncated]
     line: dict[str, Any] = {

@@ -161,11 +161,6 @@ def final_number(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def is_correct(text: str, problem: Problem) -> bool:
-    """Tell whether the last number of a text is the answer, digit by digit: 1,234 and 1234.0 are not 1234."""
-    return final_number(text) == problem.answer
-
-
 def _pair(generator: random.Random, digits: int) -> tuple[int, int]:
     least, most = 10 ** (digits - 1), 10**digits - 1
     return generator.randint(least, most), generator.randint(least, most)
