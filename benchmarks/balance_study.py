@@ -29,8 +29,9 @@ import balance_page as page
 from dsv2.config import load_recipe
 from dsv2.errors import Dsv2Error
 from dsv2.files import atomic_write
+from dsv2.metrics import read_metrics
 from dsv2.model.config import ModelConfig
-from dsv2.progress import bar, console, read_metrics, table
+from dsv2.progress import bar, console, table
 from dsv2.train.corpus import Corpus
 from dsv2.train.recipe import PretrainRecipe
 from dsv2.train.schedule import steps_of

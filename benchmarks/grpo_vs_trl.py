@@ -76,7 +76,7 @@ def distinct_characters(text: str) -> float:
 
 def run_dsv2(folder: Path, prompts: int, steps: int) -> dict[str, Any]:
     """Run the stage as its command does, and stop it after the steps that are timed."""
-    from dsv2.progress import read_metrics
+    from dsv2.metrics import read_metrics
     from dsv2.rl import grpo
     from dsv2.rl.prompts import open_prompts
     from dsv2.rl.reward import Part, Rewards

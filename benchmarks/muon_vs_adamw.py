@@ -36,9 +36,9 @@ from dsv2.data.loader import Loader
 from dsv2.data.packing import Rows
 from dsv2.data.prepare import prepare
 from dsv2.files import atomic_write_json
+from dsv2.metrics import read_metrics
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.corpus import Corpus
 from dsv2.train.optimizer import make_optimizer

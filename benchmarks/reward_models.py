@@ -29,7 +29,8 @@ from dsv2.data.preference_rows import JudgedAnswers
 from dsv2.data.preferences import Answer, Preference, read_preferences, write_preferences
 from dsv2.data.rows import ReadingReport
 from dsv2.files import atomic_write_json
-from dsv2.progress import console, read_metrics, table
+from dsv2.metrics import read_metrics
+from dsv2.progress import console, table
 from dsv2.rl.calibration import calibrate_margins
 from dsv2.rl.preference_data import PreferenceData, open_preferences
 from dsv2.rl.preference_recipe import RewardRecipe

@@ -22,7 +22,8 @@ from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.engine.llm import LLM
 from dsv2.engine.request import SamplingParams
 from dsv2.files import atomic_write_json
-from dsv2.progress import console, read_metrics, table
+from dsv2.metrics import read_metrics
+from dsv2.progress import console, table
 from dsv2.train.precision import make_deterministic
 from dsv2.train.sft import fine_tune
 from dsv2.train.sft_data import open_conversations

@@ -71,7 +71,7 @@ def recipe_of(folder: Path, precision: str) -> Any:
 
 def run_dsv2(folder: Path, precision: str, steps: int) -> dict[str, Any]:
     """Run the stage as its command does, and stop it after the steps that are timed."""
-    from dsv2.progress import read_metrics
+    from dsv2.metrics import read_metrics
     from dsv2.train import loop
     from dsv2.train.sft import fine_tune
     from dsv2.train.sft_data import open_conversations

@@ -31,8 +31,9 @@ from dsv2.data.prepare import prepare
 from dsv2.engine.request import SamplingParams
 from dsv2.errors import ConfigError, did_you_mean
 from dsv2.files import atomic_write_json
+from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
-from dsv2.progress import console, read_metrics, table
+from dsv2.progress import console, table
 from dsv2.report import Leg as ReportLeg
 from dsv2.report import Sample as ReportSample
 from dsv2.report import write_tour_report

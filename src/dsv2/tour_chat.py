@@ -18,7 +18,7 @@ from dsv2.config import load_recipe
 from dsv2.engine.llm import LLM
 from dsv2.engine.request import SamplingParams
 from dsv2.files import atomic_write
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.rl import grpo
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.prompts import open_prompts

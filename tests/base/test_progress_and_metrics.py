@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2 import progress
+from dsv2 import metrics, progress
 from dsv2.errors import DataError, MissingExtra
-from dsv2.progress import MetricsLog, bar, console, read_metrics, stream_metrics, table, transfer_bar
+from dsv2.metrics import MetricsLog, read_metrics, stream_metrics
+from dsv2.progress import bar, console, table, transfer_bar
 
 
 def test_lines_are_legal_json_at_once(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_of_a_large_log_what_goes_is_read_and_no_more_is_in_memory(tmp_path: Pat
     whole, parsed, loads = log.path.read_bytes(), [], json.loads
     with log.path.open("ab") as file:
         file.write(b'{"step": 41')
-    monkeypatch.setattr(progress.json, "loads", lambda line: parsed.append(len(line)) or loads(line))
+    monkeypatch.setattr(metrics.json, "loads", lambda line: parsed.append(len(line)) or loads(line))
     tracemalloc.start()
     MetricsLog(log.path).cut_back(38)
     assert sum(1 for _ in stream_metrics(log.path)) == 38
@@ -136,7 +137,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_tensorboard_without_its_package_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="needs tensorboard"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
 

@@ -14,7 +14,7 @@ from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.cli import main
 from dsv2.data.loader import sequential_batches
 from dsv2.errors import CheckpointError, ConfigError, DataError
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.rl.dpo import DpoObjective, answer_log_probs, dpo_loss, reference_log_probs, train_dpo
 from dsv2.rl.preference_data import only_pairs, open_preferences
 from dsv2.rl.preference_recipe import DpoLossSection

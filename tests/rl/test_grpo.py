@@ -14,9 +14,9 @@ from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.cli import main
 from dsv2.config import load_recipe
 from dsv2.errors import ConfigError, DataError
+from dsv2.metrics import read_metrics
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.report.record import load_settings
 from dsv2.rl import grpo
 from dsv2.rl import rollout as rollout_file

@@ -9,9 +9,9 @@ import pytest
 from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.cli import main
 from dsv2.errors import ConfigError
+from dsv2.metrics import read_metrics
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.report.record import load_settings
 from dsv2.rl import grpo
 from dsv2.rl.grpo_shown import ROLLOUTS

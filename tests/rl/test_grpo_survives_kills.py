@@ -21,9 +21,9 @@ from dsv2.checkpoint.layout import save_checkpoint
 from dsv2.checkpoint.manifest import verify_manifest
 from dsv2.checkpoint.steps import checkpoints
 from dsv2.files import sha256_of
+from dsv2.metrics import read_metrics
 from dsv2.model.init import initialise
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.rl.reward_model import RewardModel
 from dsv2.tokenizer.tokenizer import Tokenizer
 

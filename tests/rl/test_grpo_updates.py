@@ -7,8 +7,8 @@ import torch
 from test_grpo import SECTIONS, recipe_of, train
 
 from dsv2.checkpoint.layout import save_checkpoint
+from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.rl import grpo
 from dsv2.rl import update as update_file
 from dsv2.tokenizer.tokenizer import Tokenizer

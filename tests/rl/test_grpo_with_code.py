@@ -9,8 +9,8 @@ import torch
 
 from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.layout import save_checkpoint
+from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.rl import grpo
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.prompts import open_prompts

@@ -5,7 +5,7 @@ import pytest
 from dsv2.data.preferences import read_preferences, write_preferences
 from dsv2.data.rows import ReadingReport
 from dsv2.errors import DataError
-from dsv2.progress import MetricsLog
+from dsv2.metrics import MetricsLog
 from dsv2.rl.outcomes import by_answer, by_tests
 from dsv2.rl.preference_builders import Group, build, groups_of
 from dsv2.rl.rollout import Rollout

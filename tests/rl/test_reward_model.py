@@ -16,9 +16,9 @@ from dsv2.cli import main
 from dsv2.config import load_recipe
 from dsv2.data.loader import sequential_batches
 from dsv2.errors import CheckpointError, ConfigError, DataError, RequestError
+from dsv2.metrics import read_metrics
 from dsv2.model.init import initialise
 from dsv2.presets import preset
-from dsv2.progress import read_metrics
 from dsv2.rl.calibration import calibrate, calibrate_margins
 from dsv2.rl.preference_data import open_preferences
 from dsv2.rl.preference_recipe import RewardLossSection, RewardRecipe

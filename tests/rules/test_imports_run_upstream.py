@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "dsv2"
 
 # The river, upstream first. A name is a folder of src/dsv2 or a file in it; names of one line may import each other.
 RIVER = [
-    {"errors", "files", "machine", "config", "progress", "assets", "recipes"},
+    {"errors", "files", "machine", "config", "progress", "metrics", "assets", "recipes"},
     {"tokenizer"},
     {"data"},
     {"kernels"},

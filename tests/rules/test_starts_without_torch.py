@@ -14,7 +14,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "dsv2"
 
 # Files and folders of src/dsv2 that promise to work without torch; those that do not exist yet are passed over.
 TORCH_FREE = [
-    "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "cli.py", "verbs", "doctor.py",
+    "__init__.py", "__main__.py", "errors.py", "files.py", "machine.py", "config.py", "progress.py", "metrics.py", "cli.py", "verbs",
+    "doctor.py",
     "presets.py",
     "assets", "tokenizer", "data/documents.py", "data/shards.py", "data/packing.py", "data/prepare.py", "model/config.py",
     "model/accounting.py", "checkpoint/names.py", "checkpoint/shard.py", "checkpoint/folder.py", "checkpoint/identity.py",

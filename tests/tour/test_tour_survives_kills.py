@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 
 RUNS = ("pretrain", "sft", "grpo")
 

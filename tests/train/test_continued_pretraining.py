@@ -10,7 +10,7 @@ from training_runs import RECIPE, recipe
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.corpus import Corpus
 from dsv2.train.pretrain import pretrain

@@ -8,7 +8,7 @@ from dsv2.checkpoint.layout import load_training
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.train.muon import Cut, MuonWithAdamW, hidden_matrices, orthogonalise
 from dsv2.train.optimizer import OptimizerSection, make_optimizer, optimizer_tensors, restore_optimizer
 from dsv2.train.pretrain import pretrain

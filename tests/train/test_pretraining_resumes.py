@@ -8,7 +8,7 @@ from dsv2.checkpoint.huggingface import load_model
 from dsv2.checkpoint.steps import checkpoints, latest_checkpoint
 from dsv2.errors import CheckpointError, ConfigError, DataError, Dsv2Error
 from dsv2.files import sole_use
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 from dsv2.train.corpus import Corpus
 from dsv2.train.pretrain import pretrain

@@ -29,7 +29,7 @@ from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.documents import read_documents
 from dsv2.data.prepare import prepare
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.tokenizer.train import train_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import recipe
 
+from dsv2.metrics import read_metrics
 from dsv2.model.router import RouterStats
-from dsv2.progress import read_metrics
 from dsv2.train import loop
 from dsv2.train.pretrain import pretrain
 from dsv2.train.router_load import router_load

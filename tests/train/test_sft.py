@@ -16,7 +16,7 @@ from dsv2.data.batch import collate
 from dsv2.data.conversation_rows import ConversationRows
 from dsv2.data.packing import IGNORE
 from dsv2.errors import ConfigError, DataError
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.samples import answer_sampler
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.losses import token_nll

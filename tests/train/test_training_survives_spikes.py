@@ -16,7 +16,7 @@ from dsv2.data.mixture import Mixture
 from dsv2.data.packing import Rows
 from dsv2.errors import Dsv2Error
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.train import step as step_module
 from dsv2.train.pretrain import pretrain
 from dsv2.train.recipe import PretrainRecipe

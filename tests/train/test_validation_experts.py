@@ -7,8 +7,8 @@ import torch
 from training_runs import recipe
 
 from dsv2.data.packing import IGNORE, Rows
+from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
-from dsv2.progress import read_metrics
 from dsv2.train.pretrain import checked_config, pretrain
 from dsv2.train.start import begin_weights
 from dsv2.train.validation import validate

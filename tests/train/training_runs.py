@@ -8,7 +8,7 @@ import pytest
 
 from dsv2.checkpoint.steps import latest_checkpoint
 from dsv2.files import sha256_of
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.train import loop
 from dsv2.train.recipe import PretrainRecipe
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2.errors import DataError
-from dsv2.progress import read_metrics
+from dsv2.metrics import read_metrics
 from dsv2.report.drawing import Line
 
 DOMAIN_NAMES = {"en": "English", "zh": "Chinese", "code": "Code", "math": "Maths"}

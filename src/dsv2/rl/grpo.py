@@ -7,7 +7,6 @@ A step is a function of weights, moments and the number of prompts consumed: rol
 that was killed anywhere goes on from its newest checkpoint and ends with the same weights and rollouts, bit for bit.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -20,14 +19,14 @@ from dsv2.checkpoint.layout import TrainingState, save_checkpoint
 from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.engine.llm import LLM
 from dsv2.errors import DataError
-from dsv2.files import clear_leftovers, sole_use
+from dsv2.files import sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
 from dsv2.progress import bar, say
 from dsv2.rl.batch import Batch
 from dsv2.rl.evaluate import evaluate
 from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
-from dsv2.rl.grpo_shown import ROLLOUTS, RunLog, on_the_bar, print_plan, print_sample
+from dsv2.rl.grpo_shown import RunLog, on_the_bar, print_plan, print_sample
 from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
@@ -128,7 +127,6 @@ class _Run:
         self.autocast = autocast_dtype(recipe.run.precision)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, products=self.autocast)
         begin_run(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
-        clear_leftovers(out, re.escape(ROLLOUTS))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
         self.num_tokens = state.num_tokens if state else 0

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from dsv2.engine.llm import LLM
-from dsv2.progress import MetricsLog, console, table
+from dsv2.metrics import MetricsLog
+from dsv2.progress import console, table
 from dsv2.rl.batch import Batch
 from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import Objective

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsv2.data.preferences import Answer, Preference
 from dsv2.errors import DataError
-from dsv2.progress import stream_metrics
+from dsv2.metrics import stream_metrics
 from dsv2.rl.outcomes import Example
 from dsv2.rl.reward import NoScore
 

@@ -10,9 +10,10 @@ import torch
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
+from dsv2.metrics import MetricsLog
 from dsv2.model.lora import adapt
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, console, table
+from dsv2.progress import console, table
 from dsv2.rl.preference_data import PreferenceData
 from dsv2.rl.preference_recipe import PreferenceRecipe
 from dsv2.train.adapters import describe_trained, require_trainable

@@ -22,8 +22,9 @@ from dsv2.config import Section
 from dsv2.data.batch import Batch
 from dsv2.data.loader import Loader
 from dsv2.errors import CheckpointError, Dsv2Error
+from dsv2.metrics import MetricsLog
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, bar, console
+from dsv2.progress import bar, console
 from dsv2.tokenizer.tokenizer import Tokenizer
 from dsv2.train.diverged import save_batch
 from dsv2.train.dropping import DroppingSection, step_dropping

@@ -9,10 +9,10 @@ from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
+from dsv2.metrics import MetricsLog
 from dsv2.model.accounting import count_parameters
 from dsv2.model.config import ModelConfig
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog
 from dsv2.train.corpus import Corpus, training_rows
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
 from dsv2.train.memory import keep_freed_memory, require_training_memory

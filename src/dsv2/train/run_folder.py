@@ -25,7 +25,7 @@ from dsv2.train.recipe import Sampled, StageRecipe
 R = TypeVar("R", bound=StageRecipe)
 
 RECIPE, PLAN, METRICS = "recipe.toml", "plan.json", "metrics.jsonl"
-_WRITTEN = r"recipe\.toml|plan\.json|metrics\.jsonl|step-\d+|diverged-step-\d+\.npz"  # what a killed run may have been writing
+_WRITTEN = r"recipe\.toml|plan\.json|step-\d+|diverged-step-\d+\.npz"  # what a killed run may have been writing
 _PLAN_FIELDS = {"threads": int, "torch": str, "device": str, "data": str}
 
 

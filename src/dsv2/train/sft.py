@@ -9,10 +9,11 @@ from dsv2.checkpoint.steps import checkpoints
 from dsv2.data.loader import Loader
 from dsv2.errors import ConfigError
 from dsv2.files import sole_use
+from dsv2.metrics import MetricsLog
 from dsv2.model.config import ModelConfig
 from dsv2.model.lora import adapt
 from dsv2.model.transformer import Transformer
-from dsv2.progress import MetricsLog, console, table
+from dsv2.progress import console, table
 from dsv2.train.adapters import describe_trained, require_trainable
 from dsv2.train.loop import LoopPlan, Sample, resume_from, train
 from dsv2.train.memory import keep_freed_memory
