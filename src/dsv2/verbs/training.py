@@ -162,6 +162,7 @@ def dpo(
 @verb(
     "arithmetic model.start=runs/chat --out runs/grpo",
     "v2-reasoning model.start=runs/chat --data problems.jsonl --out runs/reasoning",
+    "v2-preference model.start=runs/reasoning reward.0.folder=runs/help reward.1.folder=runs/safe --data requests.jsonl --out runs/kind",
     "arithmetic model.start=runs/chat preset=v2 rollout.group_size=16 --out runs/grpo-v2",
     "arithmetic model.start=runs/chat --out runs/grpo --resume",
 )
