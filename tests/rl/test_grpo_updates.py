@@ -1,5 +1,6 @@
 """Updates of a run of GRPO: several on one batch, and in bf16."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
 from dsv2.rl import grpo
 from dsv2.rl import update as update_file
+from dsv2.rl.update import LogProbsDiffer
 from dsv2.tokenizer.tokenizer import Tokenizer
 
 
@@ -59,3 +61,17 @@ def test_in_bf16_engine_and_trainer_are_near_enough(start: Path, tmp_path: Path)
     print(f"bf16: {mean:.2g} nats apart in the mean, single tokens up to {largest:.2g}; weights {low:.3f} to {high:.3f}")
     assert 1e-4 < mean < grpo._ALARM["bf16"] / 2 and largest < 0.5 and len(lines) == 2
     assert low < 1 < high <= 2
+
+
+def test_rollouts_that_ring_the_alarm_are_kept_with_both_log_probabilities(start: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(start, rollout=SECTIONS["rollout"] | {"alarm": 1e-12})
+    with pytest.raises(LogProbsDiffer, match=r"(?s)step 1: .*alarm\.jsonl has the rollouts"):
+        train(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "alarm.jsonl").read_text().splitlines()]
+    assert [(line["group"], line["index"]) for line in lines] == sorted((line["group"], line["index"]) for line in lines)
+    assert len(lines) == recipe.rollout.prompts * recipe.rollout.group_size
+    for line in lines:
+        assert (
+            len(line["tokens"]) == len(line["mask"]) == len(line["engine_logprobs"]) == len(line["trainer_logprobs"]) == line["num_tokens"]
+        )
+        assert line["trainer_logprobs"] == pytest.approx(line["engine_logprobs"], abs=1e-4)

@@ -26,7 +26,7 @@ from dsv2.progress import bar, say
 from dsv2.rl.batch import Batch
 from dsv2.rl.evaluate import evaluate
 from dsv2.rl.grpo_recipe import GrpoRecipe, objective_of
-from dsv2.rl.grpo_shown import RunLog, on_the_bar, print_plan, print_sample
+from dsv2.rl.grpo_shown import ALARM, RunLog, on_the_bar, print_plan, print_sample, write_alarm
 from dsv2.rl.objective import Objective, overlong_penalty
 from dsv2.rl.prompts import Prompts, open_prompts
 from dsv2.rl.reference import Reference
@@ -36,7 +36,7 @@ from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
 from dsv2.rl.untestable import without_untestable
-from dsv2.rl.update import Agreement, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
+from dsv2.rl.update import Agreement, LogProbsDiffer, Padded, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
@@ -264,7 +264,6 @@ class _Run:
         if self.objective.kl_weight:  # its routers choose for themselves: with the policy's experts it would be neither of the two models
             routed_anew = [replace(piece, experts=None) for piece in pieces]
             reference = without_graph(self.reference.at(self._reference_step()), routed_anew, autocast)
-        alarm = recipe.rollout.alarm or _ALARM[recipe.run.precision]
         results: list[UpdateResult] = []
         old, agreed = None, None  # of the first update
         for _ in range(recipe.update.updates):
@@ -272,12 +271,22 @@ class _Run:
                 self.model, self.optimizer, pieces, own, self.objective, lr=rate,
                 clip_norm=recipe.optimizer.clip_norm, balance=recipe.balance, autocast=autocast, old=old, reference=reference,
                 recompute=recipe.run.recompute,
-                check=None if results else lambda seen: agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1),
+                check=None if results else lambda seen: self._agreement(rollouts, pieces, seen),
             )  # fmt: skip
             results.append(result)
             old, agreed = old or seen, agreed or found
         self.llm.weights_changed()
         return over_updates(results), agreed, rate
+
+    def _agreement(self, rollouts: Sequence[Rollout], pieces: Sequence[Padded], seen: Sequence[torch.Tensor]) -> Agreement:
+        """Compare the engine's log-probabilities with the trainer's; rollouts that ring the alarm are written down before the run ends."""
+        alarm = self.recipe.rollout.alarm or _ALARM[self.recipe.run.precision]
+        try:
+            return agreement(rollouts, pieces, seen, alarm=alarm, step=self.step + 1)
+        except LogProbsDiffer as error:
+            write_alarm(self.out / ALARM, self.step + 1, rollouts, pieces, seen)
+            kept = f"{self.out / ALARM} has the rollouts of this step with both log-probabilities"
+            raise LogProbsDiffer(error.message, hint=f"{error.hint}; {kept}") from None
 
     def _reference_step(self, step: int | None = None) -> int:
         """Return the step whose policy is the reference of the step after ``step``, of the run's next one if that is None."""

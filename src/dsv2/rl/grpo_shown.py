@@ -1,11 +1,13 @@
 """What a run of GRPO writes down and prints: its plan, metrics, every rollout, a sample now and then."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from dsv2.engine.llm import LLM
+from dsv2.files import atomic_write
 from dsv2.metrics import MetricsLog
 from dsv2.progress import console, table
 from dsv2.rl.batch import Batch
@@ -13,13 +15,15 @@ from dsv2.rl.grpo_recipe import GrpoRecipe
 from dsv2.rl.objective import Objective
 from dsv2.rl.prompts import Prompts
 from dsv2.rl.reward import Rewards
+from dsv2.rl.rollout import Rollout
 from dsv2.rl.step_metrics import rollout_metrics
 from dsv2.rl.supervision import shown_advantage
-from dsv2.rl.update import Agreement, UpdateResult
+from dsv2.rl.update import Agreement, Padded, UpdateResult
 from dsv2.train.plan import describe_rate
 from dsv2.train.run_folder import METRICS
 
 ROLLOUTS = "rollouts.jsonl"
+ALARM = "alarm.jsonl"
 
 
 class RunLog:
@@ -104,6 +108,31 @@ class RunLog:
         shown = [f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float)]
         shown += [f"{found['unscored']} of {found['answers']} answers without a score"] if found["unscored"] else []
         console().print(f"step {step}, {num_prompts} held-out prompts: {', '.join(shown)}", markup=False, soft_wrap=True)
+
+
+def write_alarm(file: Path, step: int, rollouts: Sequence[Rollout], pieces: Sequence[Padded], trainer: Sequence[torch.Tensor]) -> None:
+    """Write the rollouts of a step whose log-probabilities differ too much, as JSON lines: ids, and what both sides say of each token.
+
+    Args:
+        file: replaced if it is there.
+        step: they are of.
+        rollouts: of the step that are learned from.
+        pieces: of them.
+        trainer: log-probabilities of each piece.
+
+    Raises:
+        DataError: the disk is full or may not be written.
+    """
+    lines = []
+    for piece, logp in zip(pieces, trainer, strict=True):
+        for row, own in zip(piece.rows.tolist(), logp, strict=True):
+            rollout = rollouts[row]
+            line = {"step": step} | rollout.as_dict() | {
+                "prompt_tokens": rollout.prompt_tokens, "tokens": rollout.tokens, "mask": rollout.mask,
+                "engine_logprobs": rollout.logprobs, "trainer_logprobs": own[: len(rollout.tokens)].tolist(),
+            }  # fmt: skip
+            lines.append((row, json.dumps(line, ensure_ascii=False) + "\n"))
+    atomic_write(file, "".join(line for _, line in sorted(lines)))
 
 
 def print_plan(recipe: GrpoRecipe, objective: Objective, rewards: Rewards, policy: str, prompts: Prompts, llm: LLM, step: int) -> None:
