@@ -13,6 +13,7 @@ from dsv2.metrics import read_metrics
 from dsv2.model.transformer import Transformer
 from dsv2.rl import grpo
 from dsv2.rl.grpo_recipe import GrpoRecipe
+from dsv2.rl.grpo_shown import ROLLOUTS
 from dsv2.rl.prompts import open_prompts
 from dsv2.tasks import code
 from dsv2.tokenizer.tokenizer import Tokenizer
@@ -72,8 +73,8 @@ def test_programs_answers_a_tool_and_importance_weights_survive_a_stop(
     train(start, tmp_path / "stopped", **weighted)
     whole, resumed = (load_model(tmp_path / name / "step-2").state_dict() for name in ("whole", "stopped"))
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
-    rollouts = read_metrics(tmp_path / "whole" / grpo.ROLLOUTS)
-    assert read_metrics(tmp_path / "stopped" / grpo.ROLLOUTS) == rollouts
+    rollouts = read_metrics(tmp_path / "whole" / ROLLOUTS)
+    assert read_metrics(tmp_path / "stopped" / ROLLOUTS) == rollouts
     lines = steps_of(tmp_path / "whole")
     assert steps_of(tmp_path / "stopped") == lines
 

@@ -243,7 +243,7 @@ def test_shuffled_rewards_keep_the_values_of_each_group_and_forget_whose_they_ar
 def test_groups_of_equal_rewards_are_those_that_teach_nothing():
     values = [1.0, 1.0 + 1e-7, 1.0, 1.1, None, None, None, 2.0]
     rollouts = [SimpleNamespace(tokens=(1,), prompt_tokens=(1,), truncated=False)] * 8
-    assert rollout_metrics(rollouts, Scores(values, {}), 2)["frac_reward_zero_std"] == 0.75
+    assert rollout_metrics(rollouts, Scores(values, values, {}), 2)["frac_reward_zero_std"] == 0.75
 
 
 def test_scores_join():

@@ -38,7 +38,7 @@ def test_no_room_leftovers_and_other_numbers_of_workers_change_nothing(corpus, t
     assert [path.name for path in checkpoints(run)] == ["step-2", "step-4"]
     (run / ".step-6.k1.tmp").mkdir()
     (run / ".step-6.k1.tmp" / "model.safetensors").write_bytes(b"half of")
-    for name in (".metrics.jsonl.k2.tmp", ".recipe.toml.k3.tmp", ".notes.k4.tmp"):
+    for name in (".plan.json.k2.tmp", ".recipe.toml.k3.tmp", ".notes.k4.tmp"):
         (run / name).write_text("")
     for size, what in ((20_000, r"\.safetensors|/step-6"), (100, "metrics.jsonl")):
         with no_file_above(size), pytest.raises(DataError, match=f"could not write .*({what}).*larger than a file may be here") as caught:
