@@ -29,7 +29,7 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_leftovers_and_other_numbers_of_workers_change_nothing(corpus, tmp_path, monkeypatch):
+def test_no_room_leftovers_and_other_numbers_of_workers_change_nothing(corpus, tmp_path, monkeypatch, capsys):
     peace, run = tmp_path / "peace", tmp_path / "run"
     pretrain(recipe(), corpus, peace)
 
@@ -40,6 +40,7 @@ def test_no_room_leftovers_and_other_numbers_of_workers_change_nothing(corpus, t
     (run / ".step-6.k1.tmp" / "model.safetensors").write_bytes(b"half of")
     for name in (".plan.json.k2.tmp", ".recipe.toml.k3.tmp", ".notes.k4.tmp"):
         (run / name).write_text("")
+    # with capsys what is printed is kept in memory, and has no limit
     for size, what in ((20_000, r"\.safetensors|/step-6"), (100, "metrics.jsonl")):
         with no_file_above(size), pytest.raises(DataError, match=f"could not write .*({what}).*larger than a file may be here") as caught:
             pretrain(recipe(loader_workers=0), corpus, run)
