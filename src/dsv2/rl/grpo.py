@@ -1,12 +1,15 @@
 """GRPO: sample groups of answers, score them, learn from what is above its group's mean; no critic (section 4.2; spec 6.2).
 
 RUN/rollouts.jsonl        every rollout, with rewards and advantage
+RUN/left-out.json         prompts whose own solution would not be paid
+RUN/alarm.jsonl           the rollouts of a step at which engine and trainer disagreed, where one did
 RUN/reference-N.safetensors  the policy that the KL holds to; the rest as in every run (train/run_folder.py)
 
 A step is a function of weights, moments and the number of prompts consumed: rollouts draw from seeds made of run, step and place. A run
 that was killed anywhere goes on from its newest checkpoint and ends with the same weights and rollouts, bit for bit.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -19,7 +22,7 @@ from dsv2.checkpoint.layout import TrainingState, save_checkpoint
 from dsv2.checkpoint.steps import checkpoints, remove_old
 from dsv2.engine.llm import LLM
 from dsv2.errors import DataError
-from dsv2.files import sole_use
+from dsv2.files import clear_leftovers, sole_use
 from dsv2.model.accounting import count_parameters
 from dsv2.model.transformer import Transformer
 from dsv2.progress import bar, say
@@ -35,13 +38,13 @@ from dsv2.rl.reward_needs import given_sections, judges_of, require_judges, rewa
 from dsv2.rl.rollout import Rollout, draw
 from dsv2.rl.supervision import advantages_of, require_supervision
 from dsv2.rl.tools import tool_named
-from dsv2.rl.untestable import without_untestable
+from dsv2.rl.untestable import LEFT_OUT, without_untestable
 from dsv2.rl.update import Agreement, LogProbsDiffer, Padded, UpdateResult, agreement, over_updates, pad, teaching, update, without_graph
 from dsv2.train.loop import resume_from
 from dsv2.train.memory import require_training_memory
 from dsv2.train.optimizer import make_optimizer, optimizer_tensors
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import RECIPE, begin_run, load_stage_recipe, require_resume, settled_recipe
+from dsv2.train.run_folder import RECIPE, Grounds, begin_run, load_stage_recipe, require_resume, settled_recipe
 from dsv2.train.schedule import learning_rate
 from dsv2.train.start import Start, begin_weights, open_start, start_hash
 
@@ -105,8 +108,8 @@ class _Run:
     def __init__(self, recipe: GrpoRecipe, start: Start, prompts: Prompts, out: Path, tensorboard: bool, rewards: Rewards | None) -> None:
         device = torch.device("cpu")  # also where there is a GPU: the engine's native step is on the CPU, and reads the trainer's weights
         require_training_memory(16 * count_parameters(start.config).total, hint="choose a smaller model")
-        begins_from, judges, given = start_hash(start.folder), judges_of(recipe.reward), given_sections(rewards)
-        self.recipe = recipe = settled_recipe(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
+        grounds = Grounds(prompts.fingerprint, device, start_hash(start.folder), judges_of(recipe.reward), given_sections(rewards))
+        self.recipe = recipe = settled_recipe(recipe, out, grounds)
         require_determinism(recipe.run.deterministic)
         self.objective = objective_of(recipe)
         self.start, self.out, self.tokenizer = start, out, start.tokenizer
@@ -126,7 +129,8 @@ class _Run:
             begin_weights(self.model, str(start.folder), recipe.run.seed)
         self.autocast = autocast_dtype(recipe.run.precision)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, products=self.autocast)
-        begin_run(recipe, prompts.fingerprint, out, device, begins_from, judges, given)
+        begin_run(recipe, out, grounds)
+        clear_leftovers(out, "|".join(map(re.escape, (LEFT_OUT, ALARM))))
         state = resume_from(out, self.model, self.optimizer, recipe.run.keep)
         self.step, self.consumed, self.elapsed = (state.step, state.consumed_samples, state.elapsed_s) if state else (0, 0, 0.0)
         self.num_tokens = state.num_tokens if state else 0

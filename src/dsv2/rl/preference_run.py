@@ -23,7 +23,7 @@ from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, Grounds, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.start import Start, require_intact, start_hash
 
@@ -63,8 +63,8 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget = recipe.run.budget(len(data.rows))
     _check(recipe, start, data, budget.tokens // recipe.run.seq_len)
-    begins_from = start_hash(start.folder)
-    recipe = settled_recipe(recipe, data.fingerprint, out, device, begins_from)
+    grounds = Grounds(data.fingerprint, device, start_hash(start.folder))
+    recipe = settled_recipe(recipe, out, grounds)
     metrics = MetricsLog(out / METRICS, tensorboard=tensorboard)
     require_determinism(recipe.run.deterministic)
     plan = LoopPlan(
@@ -77,7 +77,7 @@ def _run(recipe: PreferenceRecipe, start: Start, data: PreferenceData, out: Path
     if recipe.lora is not None:  # an adapter's difference is 0 as yet: the objective finds the model that the run begins from
         adapt(model, recipe.lora, recipe.run.seed)
     model.to(device)
-    begin_run(recipe, data.fingerprint, out, device, begins_from)
+    begin_run(recipe, out, grounds)
     objective, evaluate = stage.objective(model, plan, out)
     optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
     state = resume_from(out, model, optimizer, recipe.run.keep)

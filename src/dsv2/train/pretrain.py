@@ -21,7 +21,7 @@ from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import print_plan
 from dsv2.train.precision import autocast_dtype, require_determinism
 from dsv2.train.recipe import PretrainRecipe
-from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, Grounds, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.start import begin_weights, check_start
 from dsv2.train.validation import DomainLoss, validate
@@ -51,7 +51,8 @@ def _pretrain(
     config, rows = checked_config(recipe, corpus), training_rows(corpus, recipe.run, recipe.mixture)
     fresh = recipe.model.start is not None and not checkpoints(out)
     start_hash = check_start(recipe.model.start or "", config, corpus.tokenizer) if fresh else None
-    recipe = settled_recipe(recipe, corpus.fingerprint, out, device, start_hash)
+    grounds = Grounds(corpus.fingerprint, device, start_hash)
+    recipe = settled_recipe(recipe, out, grounds)
     metrics = MetricsLog(out / METRICS, tensorboard=tensorboard)
     require_determinism(recipe.run.deterministic)
     plan = LoopPlan(
@@ -63,7 +64,7 @@ def _pretrain(
         begin_weights(model, recipe.model.start, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
-    begin_run(recipe, corpus.fingerprint, out, device, start_hash)
+    begin_run(recipe, out, grounds)
     start = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(start.step if start else 0)
     loader = Loader(rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)

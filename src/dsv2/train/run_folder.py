@@ -6,6 +6,7 @@ RUN/metrics.jsonl  one line per event        RUN/step-N/        checkpoints
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,25 @@ R = TypeVar("R", bound=StageRecipe)
 RECIPE, PLAN, METRICS = "recipe.toml", "plan.json", "metrics.jsonl"
 _WRITTEN = r"recipe\.toml|plan\.json|step-\d+|diverged-step-\d+\.npz"  # what a killed run may have been writing
 _PLAN_FIELDS = {"threads": int, "torch": str, "device": str, "data": str}
+
+
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What a run stands on beside its recipe; it goes on only upon the same, but for the device.
+
+    Args:
+        data: fingerprint of them.
+        device: where it trains.
+        start: hash of the weights that it begins from, where they are looked at.
+        judges: hashes of what judges its answers, reward models and files with functions, by path.
+        given: what a program decides for the run beside its recipe, by name.
+    """
+
+    data: str
+    device: torch.device
+    start: str | None
+    judges: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Section] = field(default_factory=dict)
 
 
 def require_resume(out: Path, resume: bool) -> None:
@@ -59,31 +79,19 @@ def load_stage_recipe(target: str, schema: type[R], folder: str, overrides: Sequ
     return load_recipe(target if is_recipe else "default", schema, folder=folder, overrides=given)
 
 
-def settled_recipe(
-    recipe: R,
-    fingerprint: str,
-    out: Path,
-    device: torch.device,
-    start_hash: str | None,
-    judges: Mapping[str, str] | None = None,
-    given: Mapping[str, Section] | None = None,
-) -> R:
+def settled_recipe(recipe: R, out: Path, grounds: Grounds) -> R:
     """Resolve what depends on the machine; a run that goes on keeps what it began with, and its thread count.
 
     Args:
         recipe: as asked for now.
-        fingerprint: of the data.
         out: the run's folder.
-        device: where it trains.
-        start_hash: of the weights that it begins from, where they are looked at.
-        judges: hashes of what judges its answers, reward models and files with functions, by path.
-        given: what a program decides for the run beside its recipe, by name.
+        grounds: what the run would stand on now.
 
     Raises:
         ConfigError: the run in ``out`` began with another recipe, other data, models or judges, or there are checkpoints without a recipe.
     """
     settled = recipe.model_copy(
-        update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, device)})}
+        update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run.precision, grounds.device)})}
     )
     if not (out / RECIPE).exists():
         if checkpoints(out):
@@ -92,18 +100,20 @@ def settled_recipe(
     began = load_recipe(str(out / RECIPE), type(recipe), folder="pretrain")
     plan = _read_plan(out / PLAN)
     wanted = settled if recipe.run.precision != "auto" else _same(settled, began, "precision")
-    changed = _differences(_choices(began, plan.get("derived")), _choices(_same(wanted, began, *MAY_CHANGE), given=given))
+    changed = _differences(_choices(began, plan.get("derived")), _choices(_same(wanted, began, *MAY_CHANGE), given=grounds.given))
     if changed:
         hint = "resume with the same recipe, or choose another --out"
         raise ConfigError(f"{out} began with another recipe; different: {', '.join(changed)}", hint=hint)
-    if plan["data"] != fingerprint:
-        raise ConfigError(f"{out} began with other data: {plan['data'][:16]}, now {fingerprint[:16]}", hint="give the --data it began with")
-    if start_hash is not None and plan.get("start") != start_hash:
+    if plan["data"] != grounds.data:
+        raise ConfigError(
+            f"{out} began with other data: {plan['data'][:16]}, now {grounds.data[:16]}", hint="give the --data it began with"
+        )
+    if grounds.start is not None and plan.get("start") != grounds.start:
         raise ConfigError(f"{out} began from other weights than model.start holds now", hint="choose another --out")
-    for path, hashed in (judges or {}).items():
+    for path, hashed in grounds.judges.items():
         if plan.get("judges", {}).get(path) != hashed:
             raise ConfigError(f"{out} began with another reward than {path} holds now", hint="put it back, or choose another --out")
-    for name, now in (("torch", torch.__version__), ("device", str(device))):
+    for name, now in (("torch", torch.__version__), ("device", str(grounds.device))):
         if plan[name] != now:
             console().print(f"the run began with {name} {plan[name]}, now {now}: sums may differ in their last digits", markup=False)
     if plan["threads"] != torch.get_num_threads():
@@ -121,30 +131,22 @@ def _read_plan(file: Path) -> dict[str, Any]:
     return plan
 
 
-def begin_run(
-    recipe: StageRecipe,
-    fingerprint: str,
-    out: Path,
-    device: torch.device,
-    start_hash: str | None,
-    judges: Mapping[str, str] | None = None,
-    given: Mapping[str, Section] | None = None,
-) -> None:
+def begin_run(recipe: StageRecipe, out: Path, grounds: Grounds) -> None:
     """Clear what a killed run left half written, and save recipe and plan of a run that begins now.
 
     To be called last of all preparations, so that a failed start leaves nothing behind. Arguments as of ``settled_recipe``.
     """
     clear_leftovers(out, _WRITTEN)  # first: the space that they take may be what the run lacks
     if not (out / RECIPE).exists():
-        plan: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(device), "data": fingerprint}
-        plan |= {"start": start_hash} if start_hash else {}
-        plan |= {"judges": dict(judges)} if judges else {}
-        plan |= {"derived": derived} if (derived := _derived(recipe, given)) else {}
+        plan: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": str(grounds.device)}
+        plan |= {"data": grounds.data} | ({"start": grounds.start} if grounds.start else {})
+        plan |= {"judges": dict(grounds.judges)} if grounds.judges else {}
+        plan |= {"derived": derived} if (derived := _derived(recipe, grounds.given)) else {}
         atomic_write_json(out / PLAN, plan)
-        atomic_write(out / RECIPE, _as_text(recipe, given))
+        atomic_write(out / RECIPE, _as_text(recipe, grounds.given))
 
 
-def _as_text(recipe: StageRecipe, given: Mapping[str, Section] | None) -> str:
+def _as_text(recipe: StageRecipe, given: Mapping[str, Section]) -> str:
     """Return a recipe as TOML, and below it, as comments, what its choices come to, which it would no longer follow if they were stated.
 
     Likewise what was given beside it.
@@ -152,7 +154,7 @@ def _as_text(recipe: StageRecipe, given: Mapping[str, Section] | None) -> str:
     texts = [dump_toml(recipe)]
     for name, section in recipe.derived().items():
         texts.append(_commented(f"[{name}] as it is used, what is stated above and what is not:", section))
-    for name, section in (given or {}).items():
+    for name, section in given.items():
         texts.append(_commented(f"[{name}] as the program gave it that began the run:", section))
     return "\n".join(texts)
 

@@ -20,7 +20,7 @@ from dsv2.train.memory import keep_freed_memory
 from dsv2.train.optimizer import make_optimizer
 from dsv2.train.plan import describe_rate
 from dsv2.train.precision import autocast_dtype, require_determinism
-from dsv2.train.run_folder import METRICS, begin_run, settled_recipe
+from dsv2.train.run_folder import METRICS, Grounds, begin_run, settled_recipe
 from dsv2.train.schedule import check_batch
 from dsv2.train.sft_data import ConversationData
 from dsv2.train.sft_recipe import SftRecipe
@@ -57,8 +57,8 @@ def _fine_tune(
 ) -> Transformer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _check(recipe, start.config, len(data.rows))
-    begins_from = start_hash(start.folder)
-    recipe = settled_recipe(recipe, data.fingerprint, out, device, begins_from)
+    grounds = Grounds(data.fingerprint, device, start_hash(start.folder))
+    recipe = settled_recipe(recipe, out, grounds)
     metrics = MetricsLog(out / METRICS, tensorboard=tensorboard)
     require_determinism(recipe.run.deterministic)
     plan = LoopPlan(
@@ -72,7 +72,7 @@ def _fine_tune(
         adapt(model, recipe.lora, recipe.run.seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer, products=plan.autocast)
-    begin_run(recipe, data.fingerprint, out, device, begins_from)
+    begin_run(recipe, out, grounds)
     state = resume_from(out, model, optimizer, recipe.run.keep)
     metrics.cut_back(state.step if state else 0)
     loader = Loader(data.rows, seed=recipe.run.seed, workers=recipe.run.loader_workers)
