@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from peer_cases import KINDS, SCHEMES, SHAPES, Case, plan, show_plan
 from peer_tables import LLAMA, OURS, TRANSFORMERS, Figures, judge, show_bars, show_case, show_memory
 
 THREADS = 2
+TRIES_FOR_RATE = 2  # of a peer, until memory is as fast as it was for one of dsv2's figures
 DEFAULT_LOADING = "read, huge pages"  # of llama.cpp, unless small says better
 
 
@@ -182,8 +183,12 @@ class Run:
         file, lite = self._path(case, "gguf"), case.name == "lite"
         try:
             loading = self._best_loading(case, figures, file)
-            for found in self._llama_runs(case, file, loading, lite=lite):
-                self._say(figures.add(LLAMA, {"figures": found}))
+            for run in self._llama_runs(case, loading, lite=lite):
+                for _ in range(TRIES_FOR_RATE):
+                    found = run(file)
+                    self._say(figures.add(LLAMA, {"figures": found}))
+                    if all(figures.over(LLAMA, what)[1] for what in found if figures.taken(OURS, what)):
+                        break
         except PeerFailed as failure:
             self._note(f"{case.label}: llama.cpp failed: {failure}")
 
@@ -198,17 +203,20 @@ class Run:
             self._note(f"{case.label}, llama.cpp, decode b1 by how the file is loaded: {speeds}")
         return self._loading.get(case.width, DEFAULT_LOADING)
 
-    def _llama_runs(self, case: Case, file: Path, loading: str, *, lite: bool) -> Iterator[dict]:
+    def _llama_runs(self, case: Case, loading: str, *, lite: bool) -> Iterator[Callable[[Path], dict]]:
+        """Yield what llama.cpp is timed at, as functions of a file that give figures."""
         llama, repeats = self._llama, "2" if lite or self._quick else "4"
         assert llama is not None
-        yield llama.single(file, loading, "-p", "512", "-n", "32" if lite else "64", "-r", repeats if case.name != "nano" else "20")
+        repeats = repeats if case.name != "nano" else "20"
+        yield lambda file: llama.single(file, loading, "-p", "512", "-n", "0", "-r", repeats)
+        yield lambda file: llama.single(file, loading, "-p", "0", "-n", "32" if lite else "64", "-r", repeats)
         if 4096 in self._prefill(case):
-            yield llama.single(file, loading, "-p", "4096", "-n", "0", "-r", "1", "--no-warmup")
+            yield lambda file: llama.single(file, loading, "-p", "4096", "-n", "0", "-r", "1", "--no-warmup")
         batches = [batch for batch in self._batches if batch > 1 or not lite]
-        yield llama.together(file, loading, prompt=case.shape.prompt, new=16 if lite else 32, batches=batches)
+        yield lambda file: llama.together(file, loading, prompt=case.shape.prompt, new=16 if lite else 32, batches=batches)
         depths = [str(depth) for depth in self._depths(case) if depth]
         if case.width in case.shape.llama_depths:
-            yield llama.single(file, loading, "-p", "0", "-n", "24", "-r", "2", "--no-warmup", "-d", ",".join(depths))
+            yield lambda file: llama.single(file, loading, "-p", "0", "-n", "24", "-r", "2", "--no-warmup", "-d", ",".join(depths))
 
     def _transformers(self, case: Case, figures: Figures) -> None:
         """Time its modes, each in a process of its own."""

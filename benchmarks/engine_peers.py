@@ -13,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from machine_rates import ReadMeter
 from quiet_machine import children_s, quietly
 
 # How llama.cpp gets at its weights: out of the mapped file or read into memory; with huge pages for memory or without.
@@ -37,6 +38,7 @@ class LlamaCpp:
             if not os.access(program, os.X_OK):
                 raise SystemExit(f"error: no program {program}\nhint: --llama takes the folder bin of a build of llama.cpp")
         self._modes = "--load-mode" in self._said("--help")  # before 2026-10: -mmp, and --no-mmap in the other program
+        self._meter = ReadMeter()
         said = self._said("--version").splitlines()
         self.version = next((line for line in said if line.startswith("version")), "unknown version")
 
@@ -47,12 +49,12 @@ class LlamaCpp:
     def single(self, file: Path, loading: str, *arguments: str) -> dict:
         """Run llama-bench; return {"prefill N" or "decode b1" or "depth N": {"value": tokens/s}}, medians over its repetitions."""
         flags = [] if LOADINGS[loading][0] else ["-lm", "none"] if self._modes else ["-mmp", "0"]
-        said, others = self._run([str(self._bench), "-m", str(file), "-t", str(self._threads), "-o", "json", *flags, *arguments], loading)
+        said, taken = self._run([str(self._bench), "-m", str(file), "-t", str(self._threads), "-o", "json", *flags, *arguments], loading)
         figures = {}
         for row in json.loads(said[said.index("[") :]):
             depth, prompt = row["n_depth"], row["n_prompt"]
             name = f"depth {depth}" if depth else f"prefill {prompt}" if prompt else "decode b1"
-            figures[name] = {"value": statistics.median(row["samples_ts"]), "others": others, "loading": loading}
+            figures[name] = {"value": statistics.median(row["samples_ts"]), "loading": loading} | taken
         return figures
 
     def together(self, file: Path, loading: str, *, prompt: int, new: int, batches: list[int]) -> dict:
@@ -61,24 +63,24 @@ class LlamaCpp:
         context = max(batches) * (prompt + new) + 64
         command = [str(self._batched), "-m", str(file), "-t", str(self._threads), "-tb", str(self._threads), "-c", str(context), *flags]
         command += ["-npp", str(prompt), "-ntg", str(new), "-npl", ",".join(map(str, batches)), "--output-format", "jsonl"]
-        said, others = self._run(command, loading)
+        said, taken = self._run(command, loading)
         rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-        return {f"decode b{row['pl']}": {"value": row["speed_tg"], "others": others, "loading": loading} for row in rows}
+        return {f"decode b{row['pl']}": {"value": row["speed_tg"], "loading": loading} | taken for row in rows}
 
     def try_loadings(self, file: Path) -> dict[str, dict]:
         """Return the figure of one answer for each way of loading."""
         return {loading: self.single(file, loading, "-p", "0", "-n", "32", "-r", "3")["decode b1"] for loading in LOADINGS}
 
-    def _run(self, command: list[str], loading: str) -> tuple[str, float]:
+    def _run(self, command: list[str], loading: str) -> tuple[str, dict]:
         huge = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if LOADINGS[loading][1] else {}
 
         def work() -> subprocess.CompletedProcess[str]:
             return subprocess.run(command, capture_output=True, text=True, env=os.environ | huge)
 
-        done, others = quietly(work, children_s)
+        (done, reads), others = quietly(lambda: self._meter.around(work), children_s)
         if done.returncode:
             raise PeerFailed(f"{Path(command[0]).name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        return done.stdout, others
+        return done.stdout, {"others": others, "reads": reads}
 
 
 def measure_transformers(task: dict) -> dict:
@@ -90,6 +92,7 @@ def measure_transformers(task: dict) -> dict:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    meter = ReadMeter()
     started = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         task["folder"], dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=task["experts"]
@@ -98,13 +101,13 @@ def measure_transformers(task: dict) -> dict:
     loop = _Loop(model, compiled=task["compiled"])
     for batch in task["batches"]:
         loop.warm_up(batch, task["prompt"], task["new"])
-        value, others = quietly(lambda batch=batch: loop.decode(batch, task["prompt"], task["new"]))
-        row["figures"][f"decode b{batch}"] = {"value": value, "others": others}
+        (value, reads), others = quietly(lambda batch=batch: meter.around(lambda: loop.decode(batch, task["prompt"], task["new"])))
+        row["figures"][f"decode b{batch}"] = {"value": value, "reads": reads, "others": others}
     for length in task["prefill"]:
         loop.prompt(length if task["compiled"] else min(length, 512))
         value, others = quietly(lambda length=length: loop.prefill(length))
         row["figures"][f"prefill {length}"] = {"value": value, "others": others}
-    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - meter.num_bytes / (1 << 20)
     return row
 
 

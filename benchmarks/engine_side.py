@@ -83,8 +83,8 @@ class _Side:
             value, others = quietly(lambda length=length: self._prefill(length))
             yield f"prefill {length}", {"value": value, "others": others}
         for depth in self._task["depths"]:
-            value, others = quietly(lambda depth=depth: self._depth(depth, new))
-            yield f"depth {depth}", {"value": value, "others": others}
+            (figure, reads), others = quietly(lambda depth=depth: self._meter.around(lambda: self._depth(depth, new)))
+            yield f"depth {depth}", figure | {"reads": reads, "others": others}
 
     def _engine(self, batch: int, longest: int):
         from dsv2.engine.engine import Engine
@@ -159,8 +159,11 @@ class _Side:
         engine.close()
         return length / statistics.median(times)
 
-    def _depth(self, depth: int, new: int) -> float:
-        """Tokens/s of one sequence behind a cache filled with ``depth`` tokens of noise."""
+    def _depth(self, depth: int, new: int) -> dict:
+        """Tokens/s of one sequence behind a cache filled with ``depth`` tokens of noise, and what of the speed with an empty one that is.
+
+        The two take turns, so that memory has the same rate for both.
+        """
         from dsv2.engine.blocks import BLOCK_LEN, blocks_for
         from dsv2.engine.cache import LatentStore
         from dsv2.engine.native import NativeStack, Piece
@@ -171,18 +174,21 @@ class _Side:
         fill_with_noise(np.frombuffer(store.memory.view(), np.uint16))
         self.largest_cache = max(self.largest_cache, store.memory.size)
         stack = NativeStack(self._weights, store, threads=2, num_tokens=IDS)
-        positions = iter(range(depth, depth + new))
 
-        def step() -> None:
-            position = next(positions)
-            stack.step([Piece([7], position, blocks[: position // BLOCK_LEN + 1], False, [0])])
+        def steps_s(start: int) -> float:
+            positions = iter(range(start, start + new))
 
-        medians, began = [], time.perf_counter()
-        while not medians or time.perf_counter() - began < SHORTEST_S:
-            positions = iter(range(depth, depth + new))
-            medians.append(median_s(step, new))
+            def step() -> None:
+                position = next(positions)
+                stack.step([Piece([7], position, blocks[: position // BLOCK_LEN + 1], False, [0])])
+
+            return median_s(step, new)
+
+        turns, began = [], time.perf_counter()
+        while not turns or time.perf_counter() - began < SHORTEST_S:
+            turns.append((steps_s(0), steps_s(depth)))
         stack.close()
-        return 1 / statistics.median(medians)
+        return {"value": 1 / statistics.median(deep for _, deep in turns), "kept": statistics.median(empty / deep for empty, deep in turns)}
 
 
 def spare_steps(batch: int) -> int:

@@ -7,11 +7,14 @@ is that roof. Other work only ever lowers a rate, so each is the best of several
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from matrix_products import SQUARE, matrix_rate
 
 READ_BYTES = 256 << 20  # many times what caches hold
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class ReadMeter:
     def rate(self) -> float:
         """Return GB/s at this moment."""
         return READ_BYTES / _best(self._values.sum, 3) / 1e9
+
+    def around(self, work: Callable[[], T]) -> tuple[T, list[float]]:
+        """Do work; return what it returned, and the lower and the higher of the rates right before and right after."""
+        before = self.rate()
+        result = work()
+        return result, sorted((before, self.rate()))
 
 
 def measure_rates(meter: ReadMeter) -> Rates:

@@ -47,6 +47,9 @@ Stack::Stack(const Model& model, int threads) : m(model), pool(threads) {
 }
 
 constexpr int PIECE = 32;  // weight rows computed at a time: one group of what is computed from them
+// Few tokens: blocks of hidden columns whose activations are computed at once. That is a chain of operations during which memory rests; with
+// a chain for each 74 KB of weights two threads read 51 of 58 GB/s, with four chains side by side 54.
+constexpr int BLOCKS = 4, FEW = 8;
 // Bytes of sums that a task of the down products keeps in the first-level cache: the more rows it computes, the longer it reads in one place.
 constexpr size_t DOWN_BYTES = 32u << 10;
 
@@ -116,7 +119,7 @@ void Stack::reserve() {
         p->scores.get((size_t)SPAN * LANES + 2 * size + 8 * (size_t)std::max(rounded(m.latent), rounded(m.value)));
         p->panel.get((size_t)(entry_width(m) + 2 * LANES) * LANES);
         if (most_expanded) p->more.get(expanded_floats(m, most_expanded));
-        p->out.get((size_t)rows * 2 * down_rows + (size_t)2 * (m.experts + m.groups + LANES));
+        p->out.get(std::max((size_t)rows * 2 * down_rows + (size_t)2 * (m.experts + m.groups + LANES), (size_t)FEW * BLOCKS * 2 * PIECE));
     }
 }
 
@@ -367,7 +370,7 @@ template <bool NARROW> void Stack::attend_as(Worker& w, const Layer& layer, int 
 // List what has to be computed: the network that every token passes, then each expert that was chosen, in order.
 void Stack::collect_units(const Layer& layer) {
     units.clear();
-    if (layer.gate.rows) units.push_back({&layer.gate, &layer.up_gate, &layer.down, 0, 0, PIECE, 0, layer.gate.rows, rows, identity.data(), nullptr, 0});
+    if (layer.gate.rows) units.push_back({&layer.gate, &layer.up_gate, &layer.down, 0, 0, PIECE, 0, layer.gate.rows, rows, identity.data(), nullptr, 0, 1});
     if (layer.router.rows) {
         const int all = rows * m.chosen;
         counts.assign(m.experts + 1, 0);
@@ -380,7 +383,7 @@ void Stack::collect_units(const Layer& layer) {
         for (int e = 0; e < m.experts; e++) {
             const int first = counts[e], count = counts[e + 1] - first, row = 2 * e * layer.expert_stride;
             if (count) units.push_back({&layer.expert_gate_up, &layer.expert_gate_up, &layer.expert_down, row, row + to_up, by_turns ? 2 * PIECE : PIECE, e * stride,
-                                        layer.expert_width, count, expert_token.data() + first, expert_weight.data() + first, first});
+                                        layer.expert_width, count, expert_token.data() + first, expert_weight.data() + first, first, 1});
         }
         for (int i = 0; i < all; i++) {
             const int at = counts[chosen[i]]++;
@@ -388,29 +391,42 @@ void Stack::collect_units(const Layer& layer) {
             expert_weight[at] = gates[i];
         }
     }
+    int all = 0;
+    for (const Unit& unit : units) all += (unit.width + PIECE - 1) / PIECE;
+    const int blocks = std::max(1, std::min(BLOCKS, all / (32 * pool.size)));  // so few that threads end together
     unit_task.assign(1, 0);
-    for (const Unit& unit : units) unit_task.push_back(unit_task.back() + (unit.width + PIECE - 1) / PIECE);
+    for (Unit& unit : units) {
+        unit.blocks = unit.count <= FEW ? blocks : 1;
+        unit_task.push_back(unit_task.back() + (unit.width + unit.blocks * PIECE - 1) / (unit.blocks * PIECE));
+    }
 }
 
-// silu(gate x) * up x for one group of hidden columns, in the form that the down product wants.
-void Stack::hidden_block(const Unit& unit, int block, float* y) {
-    const int row = block * PIECE, some = std::min(PIECE, unit.width - row), at = block * unit.block_rows;
-    const Rows& to = unit.weight ? hidden : always;
-    multiply(*unit.gate, unit.gate_row + at, some, normed, unit.token, unit.count, y, 2 * PIECE, tile_at(*unit.up, unit.up_row + at));
-    multiply(*unit.up, unit.up_row + at, some, normed, unit.token, unit.count, y + PIECE, 2 * PIECE, tile_at(*unit.gate, unit.gate_row + at + unit.block_rows));
-    for (int i = 0; i < unit.count; i++) {
-        const size_t line = unit.first_hidden + i, at = line * to.width + row;
-        float* gate = y + (size_t)i * 2 * PIECE;
-        std::fill(gate + some, gate + PIECE, 0.0f);
-        std::fill(gate + PIECE + some, gate + 2 * PIECE, 0.0f);
-        for (int k = 0; k < PIECE; k += LANES) {
-            const vf product = silu(load(gate + k)) * load(gate + PIECE + k);
-            store(to.f32 + at + k, product);
-            if (unit.down->type == BF16) store_bf16(to.bf16 + at + k, product);
-        }
-        const size_t group = line * (to.width / GROUP) + block;
-        if (is_quantised(*unit.down)) quantise_group(to.f32 + at, to.i8 + at, to.scale + group, to.total + group);
+// silu(gate x) * up x for some blocks of hidden columns, in the form that the down product wants.
+void Stack::hidden_blocks(const Unit& unit, int task, float* y) {
+    const int first = task * unit.blocks * PIECE, all = std::min(unit.blocks * PIECE, unit.width - first), stride = 2 * unit.blocks * PIECE;
+    float* up = y + unit.blocks * PIECE;
+    const int run = unit.block_rows == PIECE ? all : PIECE;  // rows of one of the two that lie together
+    for (int row = 0; row < all; row += run) {
+        const int some = std::min(run, all - row), at = (first + row) / PIECE * unit.block_rows, next = (first + row + run) / PIECE * unit.block_rows;
+        multiply(*unit.gate, unit.gate_row + at, some, normed, unit.token, unit.count, y + row, stride, tile_at(*unit.up, unit.up_row + at));
+        multiply(*unit.up, unit.up_row + at, some, normed, unit.token, unit.count, up + row, stride, tile_at(*unit.gate, unit.gate_row + next));
     }
+    for (int row = 0; row < all; row += PIECE) for (int i = 0; i < unit.count; i++)
+        activate(unit, i, first + row, std::min(PIECE, all - row), y + (size_t)i * stride + row, up + (size_t)i * stride + row);
+}
+
+// What `some` of 32 results of gate and up for a unit's row i become, from hidden column `column` on.
+void Stack::activate(const Unit& unit, int i, int column, int some, float* gate, float* up) {
+    const Rows& to = unit.weight ? hidden : always;
+    const size_t line = unit.first_hidden + i, at = line * to.width + column, group = at / GROUP;
+    std::fill(gate + some, gate + PIECE, 0.0f);
+    std::fill(up + some, up + PIECE, 0.0f);
+    for (int k = 0; k < PIECE; k += LANES) {
+        const vf product = silu(load(gate + k)) * load(up + k);
+        store(to.f32 + at + k, product);
+        if (unit.down->type == BF16) store_bf16(to.bf16 + at + k, product);
+    }
+    if (is_quantised(*unit.down)) quantise_group(to.f32 + at, to.i8 + at, to.scale + group, to.total + group);
 }
 
 void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
@@ -443,7 +459,7 @@ void Stack::feed_forward(Worker& w, const Layer& layer, int moe_index) {
     w.barrier();
     w.share(unit_task.back(), 1, [&](int64_t task) {
         const size_t u = std::upper_bound(unit_task.begin(), unit_task.end(), task) - unit_task.begin() - 1;
-        hidden_block(units[u], (int)(task - unit_task[u]), y);
+        hidden_blocks(units[u], (int)(task - unit_task[u]), y);
     });
     w.barrier();
     w.share((m.hidden + down_rows - 1) / down_rows, 1, [&](int64_t p) {

@@ -54,6 +54,7 @@ struct Unit {
     const int32_t* token;         // [count] rows of the step
     const float* weight;          // [count] gates; null: every token passes it, its hidden rows lie in `always`
     int first_hidden;             // row of its first token in `hidden`
+    int blocks;                   // blocks of hidden columns that one task computes
 };
 
 class Stack {
@@ -70,7 +71,8 @@ class Stack {
     void feed_forward(Worker& w, const Layer& layer, int moe_index);
     void collect_units(const Layer& layer);
     void logits(Worker& w);
-    void hidden_block(const Unit& unit, int block, float* y);
+    void hidden_blocks(const Unit& unit, int task, float* y);
+    void activate(const Unit& unit, int i, int column, int some, float* gate, float* up);
     void product(Worker& w, const Matrix& m, const Rows& x, int count, float* y, size_t stride, bool add);
     template <bool NARROW> void attend_as(Worker& w, const Layer& layer, int index);
 
