@@ -14,6 +14,8 @@ checked before work starts.
 Every figure is taken on a quiet machine: disturbed ones are taken again, and thrown away when that does not help (quiet_machine.py). The
 roof of a decoding step is the larger of two times: its bytes at the rate at which huge pages are read right before and after (experts: the
 distinct ones of these very steps), its products at the rate of a large one (engine_side.py). dsv2 and llama.cpp take turns.
+A virtual machine's memory may be twice as fast a minute later, so a ratio is of figures that met the same rate; llama.cpp is timed once
+more for one, and where none was met the tables say so.
 
 Prints a table per shape, the bars with what was reached, and a line ``ratio NAME VALUE`` for each: above 1, dsv2 is better.
 """
