@@ -54,7 +54,7 @@ def measure(task: dict) -> dict:
     load_s = time.perf_counter() - started
     side = _Side(weights, Tokenizer.load(Path(task["tokenizer"])), meter, rates, task)
     figures = dict(side.figures())
-    mib = 1 << 20
+    mib, rates = 1 << 20, side.rates
     return {
         "figures": figures,
         "load_s": load_s,
@@ -70,13 +70,14 @@ class _Side:
     def __init__(self, weights, tokenizer, meter: ReadMeter, rates: Rates, task: dict) -> None:
         from dsv2.engine.weights import packed_scheme
 
-        self._weights, self._tokenizer, self._meter, self._rates, self._task = weights, tokenizer, meter, rates, task
+        self._weights, self._tokenizer, self._meter, self.rates, self._task = weights, tokenizer, meter, rates, task
         self._scheme = packed_scheme(Path(task["folder"])) or ""
         self.largest_cache = 0  # bytes
 
     def figures(self) -> Iterator[tuple[str, dict]]:
         prompt, new = self._task["prompt"], self._task["new"]
         for batch in self._task["batches"]:
+            self.rates = self.rates.better(measure_rates(self._meter))  # in some processes the first products run at half their rate
             figure, others = quietly(lambda batch=batch: self._decode(batch, prompt, new if batch > 1 else 2 * new))
             yield f"decode b{batch}", figure | {"others": others}
         for length in self._task["prefill"]:
@@ -108,7 +109,7 @@ class _Side:
         config, experts = self._weights.config, statistics.mean(distinct)
         num_bytes, flops = step_bytes(config, self._scheme, experts), batch * step_flops(config)
         quantised = self._scheme in ("4", "mixed", "8")
-        least = [replace(self._rates, read=block.read).seconds(num_bytes, flops, quantised=quantised) for block in timed]
+        least = [replace(self.rates, read=block.read).seconds(num_bytes, flops, quantised=quantised) for block in timed]
         middle = statistics.median
         return {
             "value": batch / middle(block.step_s for block in timed),

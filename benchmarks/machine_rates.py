@@ -31,6 +31,10 @@ class Rates:
     bf16: float
     int8: float
 
+    def better(self, other: "Rates") -> "Rates":
+        """Return the higher of two measurements of each."""
+        return Rates(max(self.read, other.read), max(self.bf16, other.bf16), max(self.int8, other.int8))
+
     def seconds(self, num_bytes: float, flops: float, *, quantised: bool) -> float:
         """Return the least time in which so many bytes are read and so many operations done."""
         return max(num_bytes / self.read, flops / (self.int8 if quantised else self.bf16)) / 1e9
